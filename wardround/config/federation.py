@@ -1,0 +1,227 @@
+"""The federation's file: what the sites agree on, and what the coordinator keeps for itself.
+
+`Protocol` is the part that every site approves: it covers whatever a site computes and releases.
+Its digest is what run folders, journals and messages carry. `[membership]`, `[evaluation_set]` and
+`[release]` are outside it: they change neither what a site computes nor what leaves it.
+"""
+
+from datetime import date
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from wardround.config.strict import Name, Strict, digest
+
+
+class BackboneConfig(Strict):
+    """The network that is kept."""
+
+    name: str = Field(default="vit_tiny_patch16_224", description="A timm architecture of a supported family.")
+    patch_size: int = Field(default=16, ge=2, le=64, description="Edge of a ViT patch in pixels.")
+    depth: int | None = Field(default=None, ge=1, le=64, description="Number of blocks, where not the architecture's.")
+
+
+class MethodConfig(Strict):
+    """The self-supervised method and the head it throws away."""
+
+    name: Literal["mae"] = Field(default="mae", description="The SSL method.")
+    mask_ratio: float = Field(default=0.75, gt=0.0, lt=1.0, description="Share of patches that the encoder never sees.")
+    decoder_dim: int = Field(default=96, ge=16, le=2048, description="Width of the MAE decoder.")
+    decoder_depth: int = Field(default=2, ge=1, le=16, description="Number of blocks of the MAE decoder.")
+    decoder_heads: int = Field(default=3, ge=1, le=32, description="Attention heads of the MAE decoder.")
+    normalised_pixels: bool = Field(
+        default=True, description="Predict each patch minus its mean over its standard deviation."
+    )
+
+
+class ViewsConfig(Strict):
+    """How an image is augmented into a view."""
+
+    crop_scale: tuple[float, float] = Field(
+        default=(0.6, 1.0), description="Smallest and largest share of the area that a random crop keeps, in (0, 1]."
+    )
+    horizontal_flip: bool = Field(default=True, description="Mirror left and right in half of the views.")
+    vertical_flip: bool = Field(default=False, description="Mirror top and bottom in half of the views.")
+    rotation: float = Field(default=0.0, ge=0.0, le=180.0, description="Largest rotation either way, in degrees.")
+
+    @model_validator(mode="after")
+    def _crop_is_a_range(self) -> Self:
+        low, high = self.crop_scale
+        if not 0.0 < low <= high <= 1.0:
+            raise ValueError(f"crop_scale = [{low}, {high}]: expected 0 < smallest <= largest <= 1")
+        return self
+
+
+class CriteriaConfig(Strict):
+    """Which images take part; what a file does not say excludes it only where it is asked for."""
+
+    modality: tuple[str, ...] = Field(default=(), description="DICOM Modality codes, such as CR or DX; empty takes all.")
+    body_part: tuple[str, ...] = Field(default=(), description="DICOM BodyPartExamined values; empty takes all.")
+    view: tuple[str, ...] = Field(default=(), description="DICOM ViewPosition values, such as PA or AP; empty takes all.")
+    date_from: date | None = Field(default=None, description="First StudyDate that counts (YYYY-MM-DD).")
+    date_to: date | None = Field(default=None, description="Last StudyDate that counts (YYYY-MM-DD).")
+    min_side: int = Field(default=16, ge=1, le=8192, description="Smallest height and width in pixels.")
+    max_images_per_patient: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="At most this many images of one patient, in content order."
+    )
+
+
+class DataConfig(Strict):
+    """What an image is when it reaches the network: channels, size, intensities."""
+
+    image_size: int = Field(default=64, ge=16, le=1024, description="Edge in pixels of the square that is trained on.")
+    channels: Literal[1, 3] = Field(default=1, description="Channels of an image: 1 grey, 3 colour.")
+    convert_channels: bool = Field(
+        default=False, description="Convert grey to colour and back; without it another channel count is refused."
+    )
+    mean: tuple[float, ...] = Field(default=(0.5,), description="A channel's mean on [0, 1]: declared, never measured at a site.")
+    std: tuple[float, ...] = Field(default=(0.25,), description="A channel's standard deviation on [0, 1], declared.")
+    window: tuple[float, float] | None = Field(
+        default=None, description="Centre and width, in the modality's own units, for every image; else the file's own window."
+    )
+    slice_stride: int = Field(
+        default=1, ge=1, le=1000, description="Of multi-frame files and volumes, take every n-th frame or slice."
+    )
+    criteria: CriteriaConfig = Field(default=CriteriaConfig(), description="Inclusion criteria.")
+
+    @model_validator(mode="after")
+    def _one_constant_a_channel(self) -> Self:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != self.channels:
+                raise ValueError(f"{name} has {len(values)} values for channels = {self.channels}; give one a channel")
+        if min(self.std) <= 0.0:
+            raise ValueError(f"std = {list(self.std)}: expected values above 0")
+        if self.window is not None and self.window[1] <= 0.0:
+            raise ValueError(f"window = {list(self.window)}: expected a width above 0")
+        return self
+
+
+class TrainingConfig(Strict):
+    """What a site does in a round."""
+
+    rounds: int = Field(ge=1, le=100_000, description="Rounds of the federation.")
+    local_steps: int = Field(ge=1, le=1_000_000, description="Optimiser steps a site takes in a round.")
+    batch_size: int = Field(default=64, ge=2, le=65_536, description="Images a step.")
+    learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(default=0.05, ge=0.0, le=1.0, description="Decoupled weight decay of AdamW.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Decay of AdamW's two moments, each in [0, 1).")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up, counted over the federation.")
+    clip_norm: float | None = Field(default=1.0, gt=0.0, description="Largest norm of a step's joint gradient.")
+    optimiser_state: Literal["fresh", "kept"] = Field(
+        default="kept", description="Whether a site's moments start anew in each round or are part of its site memory."
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16: forward and backward under autocast; weights stay float32."
+    )
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.warmup_steps > self.total_steps:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps}: the federation has only {self.total_steps} steps; lower it"
+            )
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas = {list(self.betas)}: expected values in [0, 1)")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Local steps of one site over the whole federation, which the schedule spans."""
+        return self.rounds * self.local_steps
+
+
+class AggregationConfig(Strict):
+    """How the server folds updates into the state."""
+
+    weights: Literal["images", "declared", "uniform"] = Field(
+        default="images",
+        description="images: by the distinct images a site indexed. declared: by [membership] weights. uniform: all alike.",
+    )
+    learning_rate: float = Field(default=1.0, gt=0.0, le=10.0, description="Server SGD's rate; 1 without momentum is FedAvg.")
+    momentum: float = Field(default=0.0, ge=0.0, lt=1.0, description="Server SGD's momentum (FedAvgM).")
+
+
+class PrivacyConfig(Strict):
+    """The differential privacy of what is released."""
+
+    unit: Literal["none"] = Field(
+        default="none",
+        description="none: no differential privacy; the coordinator may be able to reconstruct images.",
+    )
+
+
+class Protocol(Strict):
+    """What a site computes and releases; its digest is what a site approves."""
+
+    name: Name = Field(description="The federation's name.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="The experiment's seed; never that of DP noise.")
+    backbone: BackboneConfig = Field(default=BackboneConfig(), description="The network that is kept.")
+    method: MethodConfig = Field(default=MethodConfig(), description="The self-supervised method.")
+    views: ViewsConfig = Field(default=ViewsConfig(), description="Augmentation.")
+    data: DataConfig = Field(default=DataConfig(), description="Images as the network sees them.")
+    training: TrainingConfig = Field(description="A site's work in a round.")
+    aggregation: AggregationConfig = Field(default=AggregationConfig(), description="The server's fold.")
+    privacy: PrivacyConfig = Field(default=PrivacyConfig(), description="Differential privacy.")
+    initial_state: str = Field(
+        pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the state that round 1 starts from (update.state_hash)."
+    )
+
+    def digest(self) -> str:
+        """Return the protocol digest: 64 hexadecimal digits."""
+        return digest(self)
+
+
+class MembershipConfig(Strict):
+    """Who takes part and how long is waited; changes need no new approval."""
+
+    sites: dict[Name, float] = Field(
+        default={}, description="The declared weight of each site by name; empty takes whoever connects or is in the data."
+    )
+    min_sites: int = Field(default=1, ge=1, le=10_000, description="Fewest sites that may close a round.")
+    wait_seconds: float = Field(
+        default=600.0, gt=0.0, le=86_400.0, description="How long the server waits for the sites to be there, and again for their updates."
+    )
+    server_names: tuple[str, ...] = Field(
+        default=("localhost", "127.0.0.1"), min_length=1, description="Host names and addresses in the server's certificate."
+    )
+
+    @model_validator(mode="after")
+    def _weights_are_positive(self) -> Self:
+        for site, weight in self.sites.items():
+            if weight <= 0.0:
+                raise ValueError(f"sites: the weight of '{site}' is {weight}; expected above 0")
+        if self.sites and self.min_sites > len(self.sites):
+            raise ValueError(f"min_sites = {self.min_sites}: only {len(self.sites)} sites are listed")
+        return self
+
+
+class EvaluationSetConfig(Strict):
+    """Images that the coordinator owns, for pictures and probes."""
+
+    kind: Literal["procedural", "labelled"] = Field(description="procedural: generated phantoms. labelled: a folder with labels.csv.")
+    folder: Path | None = Field(default=None, description="labelled: the folder.")
+    count: int = Field(default=64, ge=8, le=100_000, description="procedural: how many images.")
+
+
+class FederationConfig(Strict):
+    """One file of `federation_configs/`."""
+
+    format: Literal[1] = Field(description="The version of this file's format.")
+    name: Name = Protocol.model_fields["name"]
+    seed: int = Protocol.model_fields["seed"]
+    backbone: BackboneConfig = Protocol.model_fields["backbone"]
+    method: MethodConfig = Protocol.model_fields["method"]
+    views: ViewsConfig = Protocol.model_fields["views"]
+    data: DataConfig = Protocol.model_fields["data"]
+    training: TrainingConfig = Protocol.model_fields["training"]
+    aggregation: AggregationConfig = Protocol.model_fields["aggregation"]
+    privacy: PrivacyConfig = Protocol.model_fields["privacy"]
+    membership: MembershipConfig = Field(default=MembershipConfig(), description="Sites and patience.")
+    evaluation_set: EvaluationSetConfig | None = Field(default=None, description="The coordinator's own images.")
+
+    def protocol(self, initial_state: str) -> Protocol:
+        """Return the part that sites approve, bound to the hash of the first state."""
+        shared = {name: getattr(self, name) for name in Protocol.model_fields if name != "initial_state"}
+        return Protocol(**shared, initial_state=initial_state)

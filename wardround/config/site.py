@@ -1,0 +1,59 @@
+"""The site's own file, `site.toml`. It never leaves the site."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from wardround.config.strict import Name, Strict
+
+
+class ImagesConfig(Strict):
+    """Where a site's images lie, and which of them are its own."""
+
+    folder: Path = Field(description="The folder of images; it is only read.")
+    kind: Literal["auto", "tree", "labelled"] = Field(
+        default="auto",
+        description="tree: every readable file below the folder. labelled: the rows of its labels.csv. "
+        "auto: labelled where a labels.csv lies in the folder.",
+    )
+    site: str | None = Field(
+        default=None, max_length=64, description="labelled: only rows whose column `site` says this."
+    )
+    splits: tuple[str, ...] = Field(
+        default=("train",), min_length=1, description="labelled: only rows whose column `split` is one of these."
+    )
+    opt_out: Path | None = Field(
+        default=None,
+        description="A text file with one PatientID a line; their images are left out at every index.",
+    )
+
+
+class CoordinatorConfig(Strict):
+    """How a site reaches the coordinator, and how it proves who it is."""
+
+    address: str = Field(pattern=r"^[^\s/]+:\d{1,5}$", description="host:port of the coordinator's fleet address.")
+    ca_certificate: Path = Field(description="The federation's CA certificate, from the kit (PEM).")
+    private_key: Path = Field(description="The site's private key, from the kit (OpenSSH, ECDSA P-384, mode 0600).")
+
+
+class SiteConfig(Strict):
+    """Everything one hospital sets for itself."""
+
+    format: Literal[1] = Field(description="The version of this file's format.")
+    name: Name = Field(description="The site's name in the federation.")
+    images: ImagesConfig = Field(description="The site's images.")
+    work: Path = Field(description="A folder for the cache, the journal and the site memory; the only one written.")
+    approved: tuple[str, ...] = Field(
+        default=(), description="Protocol digests that this site agreed to; no other is run."
+    )
+    coordinator: CoordinatorConfig | None = Field(
+        default=None, description="The connection; absent where all sites run in one process."
+    )
+    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads for training; 0 means all.")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto takes a GPU where there is one."
+    )
+    max_trainings_per_round: int = Field(
+        default=2, ge=1, le=10, description="How often one round may be trained, restarts after a crash included."
+    )

@@ -1,0 +1,99 @@
+"""One way to read a TOML file into a frozen model, and to say in one line what is wrong with it."""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from wardround.errors import ConfigError
+
+# What may name a site or a federation: it becomes a file name, so no separators and no leading dot.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+
+class Strict(BaseModel):
+    """A frozen part of a config that refuses keys it does not know and values of another type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Model = TypeVar("Model", bound=Strict)
+
+
+def read_toml(path: Path, model: type[Model]) -> Model:
+    """Return the model that a TOML file describes.
+
+    Raises ConfigError, in one line, for a file that is missing, is no TOML, or does not fit.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read: {reason}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}.") from error
+    return parse(raw, model, str(path))
+
+
+def parse(raw: dict[str, Any], model: type[Model], where: str) -> Model:
+    """Return the model that a dictionary describes; `where` names its origin in errors."""
+    try:
+        # By way of JSON: strict there still takes a list for a tuple and a text for a date.
+        return model.model_validate_json(json.dumps(raw, default=str), strict=True)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        rest = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{where}: {_problem(problems[0], model)}{rest}.") from error
+
+
+def digest(model: Strict) -> str:
+    """Return the SHA-256 of a model as canonical JSON: 64 hexadecimal digits."""
+    text = json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _problem(problem: Any, model: type[Strict]) -> str:
+    """Return one validation error as who, found, expected, remedy."""
+    *parents, key = [str(part) for part in problem["loc"]] or ["the file"]
+    section = f"[{'.'.join(parents)}] " if parents else ""
+    if problem["type"] == "extra_forbidden":
+        known = list(_section(model, parents).model_fields)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return f"{section}unknown key '{key}'; {remedy}"
+    if problem["type"] == "missing":
+        return f"{section}the key '{key}' is missing; add it"
+    if problem["type"] == "value_error":  # raised by a validator of the section that `loc` names whole
+        return f"[{'.'.join([*parents, key])}] {problem['msg'].removeprefix('Value error, ')}"
+    if key == "format" and not parents:
+        return f"is of format {problem['input']}; this Wardround reads format 1. Use the release that wrote it"
+    found = json.dumps(problem["input"], default=str)
+    expected = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"{section}{key} = {found[:80]}: {expected}"
+
+
+def _section(model: type[Strict], path: list[str]) -> type[Strict]:
+    """Return the model that stands at a path of keys, as far as the path leads."""
+    for key in path:
+        field = model.model_fields.get(key)
+        inner = _model_in(field.annotation) if field else None
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def _model_in(annotation: Any) -> type[Strict] | None:
+    """Return the first Strict model inside an annotation such as `Part | None` or `tuple[Part, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, tuple, list, Annotated):
+        for argument in get_args(annotation):
+            if (inner := _model_in(argument)) is not None:
+                return inner
+    return None

@@ -1,0 +1,120 @@
+"""State and Update: what travels, as pure values, and the checks that anything from outside passes.
+
+A state is a dictionary of named arrays. Both directions travel as one block of bytes in the
+safetensors format, which holds names, shapes and numbers and can hold no code. The same bytes are
+what the site journals, what is signed, what the server spools and what crosses: one encoding, four uses.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from wardround.errors import UpdateError
+
+Array = NDArray[Any]
+State = dict[str, Array]  # name -> array of float32, of any shape
+Layout = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype)
+
+_META = "wardround"  # the one metadata key: safetensors writes several in no fixed order
+
+
+@dataclass(frozen=True)
+class Declared:
+    """The fields that may leave a site beside its delta. What is not listed here cannot cross."""
+
+    images: int  # distinct images indexed
+    patients: int  # distinct patients indexed
+    steps: int  # local steps taken
+    loss_first: float  # mean loss over the first tenth of the round's steps
+    loss: float  # mean loss over the last tenth
+    seconds: float  # wall time of training
+    version: str  # Wardround's at the site
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a site releases in a round: new minus old state, and its declared fields."""
+
+    site: str
+    protocol: str  # protocol digest
+    round: int  # from 1
+    state: str  # state_hash of the state that the site started from
+    declared: Declared
+    delta: State
+
+    def to_bytes(self) -> bytes:
+        """Return the update as one safetensors block; the same update gives the same bytes."""
+        header = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("delta", "declared")}
+        return pack(self.delta, {**header, "declared": asdict(self.declared)})
+
+    @classmethod
+    def from_bytes(cls, block: bytes) -> "Update":
+        """Return the update in a block. Raises UpdateError where it is none, without running any of it."""
+        delta, header = unpack(block)
+        try:
+            return cls(**{**header, "declared": Declared(**header["declared"]), "delta": delta})
+        except (TypeError, KeyError) as error:
+            raise UpdateError("the update's header lacks or adds fields; the site runs another release.") from error
+
+
+def pack(tensors: Mapping[str, Array], header: Mapping[str, Any]) -> bytes:
+    """Return named arrays and a JSON header as one safetensors block, bit-stable."""
+    text = json.dumps(header, sort_keys=True)
+    return save_tensors({name: np.ascontiguousarray(a) for name, a in tensors.items()}, metadata={_META: text})
+
+
+def unpack(block: bytes) -> tuple[State, dict[str, Any]]:
+    """Return the arrays and the header of a block. Raises UpdateError where it is cut or is none."""
+    try:
+        tensors = load_tensors(block)
+        (length,) = struct.unpack("<Q", block[:8])
+        header = json.loads(json.loads(block[8 : 8 + length])["__metadata__"][_META])
+    except (SafetensorError, struct.error, KeyError, TypeError, ValueError) as error:
+        raise UpdateError(f"a block of {len(block)} bytes is no whole update or state; it was cut or altered.") from error
+    if not isinstance(header, dict):
+        raise UpdateError("the block's header is no object; it was altered.")
+    return tensors, header
+
+
+def state_hash(state: Mapping[str, Array]) -> str:
+    """Return the SHA-256 over names, shapes, dtypes and bytes, whatever the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        array = np.ascontiguousarray(state[name])
+        sha.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        sha.update(array.data)
+    return sha.hexdigest()
+
+
+def layout(state: Mapping[str, Array]) -> Layout:
+    """Return the shape and dtype of every array.
+
+    >>> layout({"w": np.zeros((2, 3), np.float32)})
+    {'w': ((2, 3), 'float32')}
+    """
+    return {name: (tuple(array.shape), array.dtype.name) for name, array in state.items()}
+
+
+def check_tensors(who: str, tensors: Mapping[str, Array], expected: Layout) -> None:
+    """Raise UpdateError unless the tensors are exactly those expected, all numbers finite."""
+    remedy = "Its backbone differs from the federation's; compare its protocol digest with 'wardround check'."
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise UpdateError(f"{who}: lacks {len(missing)} of {len(expected)} tensors (first: '{missing[0]}'). {remedy}")
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise UpdateError(f"{who}: has {len(extra)} tensors too many (first: '{extra[0][:80]}'). {remedy}")
+    for name, (shape, dtype) in expected.items():
+        array = tensors[name]
+        if tuple(array.shape) != shape or array.dtype.name != dtype:
+            found = f"{array.dtype.name}{list(array.shape)}"
+            raise UpdateError(f"{who}: tensor '{name}' is {found}, expected {dtype}{list(shape)}. {remedy}")
+        if not np.isfinite(array).all():
+            raise UpdateError(f"{who}: tensor '{name}' holds NaN or infinity. Its training diverged; it is not folded.")
