@@ -7,6 +7,7 @@ what the site journals, what is signed, what the server spools and what crosses:
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +28,9 @@ Layout = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype)
 _META = "wardround"  # the one metadata key: safetensors writes several in no fixed order
 
 
+_KINDS: dict[Any, str] = {int: "a whole number from 0", float: "a finite number from 0", str: "a short text"}
+
+
 @dataclass(frozen=True)
 class Declared:
     """The fields that may leave a site beside its delta. What is not listed here cannot cross."""
@@ -38,6 +42,14 @@ class Declared:
     loss: float  # mean loss over the last tenth
     seconds: float  # wall time of training
     version: str  # Wardround's at the site
+
+    def __post_init__(self) -> None:
+        """Raise UpdateError for values that no honest site sends; they come from outside."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            sound = isinstance(value, str) and len(value) <= 40 if field.type is str else _is_measure(value, field.type)
+            if not sound:
+                raise UpdateError(f"declared field '{field.name}' is {str(value)[:40]!r}, expected {_KINDS[field.type]}.")
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,12 @@ def state_hash(state: Mapping[str, Array]) -> str:
     return sha.hexdigest()
 
 
+def _is_measure(value: Any, kind: Any) -> bool:
+    """Return whether a value is a finite number from 0 of the kind, and no truth value."""
+    numbers = int if kind is int else (int, float)
+    return isinstance(value, numbers) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
 def layout(state: Mapping[str, Array]) -> Layout:
     """Return the shape and dtype of every array.
 
@@ -118,3 +136,21 @@ def check_tensors(who: str, tensors: Mapping[str, Array], expected: Layout) -> N
             raise UpdateError(f"{who}: tensor '{name}' is {found}, expected {dtype}{list(shape)}. {remedy}")
         if not np.isfinite(array).all():
             raise UpdateError(f"{who}: tensor '{name}' holds NaN or infinity. Its training diverged; it is not folded.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of one site in one round."""
+
+    round: int  # from 1
+    protocol: str  # the protocol as canonical JSON, from which the site computes the digest itself
+    last_folded: int  # the last round in which this site's update counted; 0 for none
+    state: bytes  # the packed state to start from
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A site's answer where there is no update: a word for the record and one line for a person."""
+
+    code: str  # policy, images, training, failed, silent, invalid
+    text: str  # no path, patient id or tag value

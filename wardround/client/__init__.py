@@ -1,1 +1,1 @@
-"""client."""
+"""A site: policy, journal, the local round, and the Flower app around them."""

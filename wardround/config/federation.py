@@ -1,8 +1,8 @@
 """The federation's file: what the sites agree on, and what the coordinator keeps for itself.
 
 `Protocol` is the part that every site approves: it covers whatever a site computes and releases.
-Its digest is what run folders, journals and messages carry. `[membership]`, `[evaluation_set]` and
-`[release]` are outside it: they change neither what a site computes nor what leaves it.
+Its digest is what run folders, journals and messages carry. `[membership]` and `[evaluation_set]`
+are outside it: they change neither what a site computes nor what leaves it.
 """
 
 from datetime import date
@@ -33,6 +33,12 @@ class MethodConfig(Strict):
     normalised_pixels: bool = Field(
         default=True, description="Predict each patch minus its mean over its standard deviation."
     )
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
+            raise ValueError(f"decoder_dim = {self.decoder_dim}: expected a multiple of 4 and of decoder_heads = {self.decoder_heads}")
+        return self
 
 
 class ViewsConfig(Strict):
@@ -152,8 +158,8 @@ class PrivacyConfig(Strict):
     )
 
 
-class Protocol(Strict):
-    """What a site computes and releases; its digest is what a site approves."""
+class Recipe(Strict):
+    """How a state is trained: all that both files below share."""
 
     name: Name = Field(description="The federation's name.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="The experiment's seed; never that of DP noise.")
@@ -164,6 +170,11 @@ class Protocol(Strict):
     training: TrainingConfig = Field(description="A site's work in a round.")
     aggregation: AggregationConfig = Field(default=AggregationConfig(), description="The server's fold.")
     privacy: PrivacyConfig = Field(default=PrivacyConfig(), description="Differential privacy.")
+
+
+class Protocol(Recipe):
+    """What a site computes and releases; its digest is what a site approves."""
+
     initial_state: str = Field(
         pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the state that round 1 starts from (update.state_hash)."
     )
@@ -179,7 +190,9 @@ class MembershipConfig(Strict):
     sites: dict[Name, float] = Field(
         default={}, description="The declared weight of each site by name; empty takes whoever connects or is in the data."
     )
-    min_sites: int = Field(default=1, ge=1, le=10_000, description="Fewest sites that may close a round.")
+    min_sites: int | None = Field(
+        default=None, ge=1, le=10_000, description="Fewest sites whose updates close a round; unset means all of them."
+    )
     wait_seconds: float = Field(
         default=600.0, gt=0.0, le=86_400.0, description="How long the server waits for the sites to be there, and again for their updates."
     )
@@ -192,7 +205,7 @@ class MembershipConfig(Strict):
         for site, weight in self.sites.items():
             if weight <= 0.0:
                 raise ValueError(f"sites: the weight of '{site}' is {weight}; expected above 0")
-        if self.sites and self.min_sites > len(self.sites):
+        if self.sites and (self.min_sites or 0) > len(self.sites):
             raise ValueError(f"min_sites = {self.min_sites}: only {len(self.sites)} sites are listed")
         return self
 
@@ -205,23 +218,14 @@ class EvaluationSetConfig(Strict):
     count: int = Field(default=64, ge=8, le=100_000, description="procedural: how many images.")
 
 
-class FederationConfig(Strict):
+class FederationConfig(Recipe):
     """One file of `federation_configs/`."""
 
     format: Literal[1] = Field(description="The version of this file's format.")
-    name: Name = Protocol.model_fields["name"]
-    seed: int = Protocol.model_fields["seed"]
-    backbone: BackboneConfig = Protocol.model_fields["backbone"]
-    method: MethodConfig = Protocol.model_fields["method"]
-    views: ViewsConfig = Protocol.model_fields["views"]
-    data: DataConfig = Protocol.model_fields["data"]
-    training: TrainingConfig = Protocol.model_fields["training"]
-    aggregation: AggregationConfig = Protocol.model_fields["aggregation"]
-    privacy: PrivacyConfig = Protocol.model_fields["privacy"]
     membership: MembershipConfig = Field(default=MembershipConfig(), description="Sites and patience.")
     evaluation_set: EvaluationSetConfig | None = Field(default=None, description="The coordinator's own images.")
 
     def protocol(self, initial_state: str) -> Protocol:
         """Return the part that sites approve, bound to the hash of the first state."""
-        shared = {name: getattr(self, name) for name in Protocol.model_fields if name != "initial_state"}
+        shared = {name: getattr(self, name) for name in Recipe.model_fields}
         return Protocol(**shared, initial_state=initial_state)

@@ -1,1 +1,1 @@
-"""registry."""
+"""Checkpoints on disk, and releases in MLflow."""

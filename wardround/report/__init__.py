@@ -1,1 +1,1 @@
-"""report."""
+"""Pictures that a person looks at."""

@@ -1,1 +1,1 @@
-"""server."""
+"""The coordinator: rounds, cohort, aggregation, and the Flower app around them."""

@@ -1,0 +1,137 @@
+"""timm's Vision Transformers, taken apart so that a method can drop tokens.
+
+Every parameter sits in a layer whose per-sample gradient has a known rule: the class token is a
+leaf layer that only adds its parameter, the position table is a constant, and the norms are exactly
+`nn.LayerNorm` (timm's own subclass escapes Opacus's samplers, which match on the exact type).
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from wardround.config.federation import BackboneConfig, DataConfig
+from wardround.errors import ConfigError
+from wardround.update import State
+
+CLASS_TOKEN = "backbone.class_token.weight"
+
+
+class Token(nn.Module):
+    """One learnt vector, added to whatever comes in."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]"""
+        return x + self.weight
+
+
+class ViT(nn.Module):
+    """A ViT with fixed sine-cosine positions, whose encoder takes any subset of the patch tokens."""
+
+    positions: Tensor  # [N, D], a constant
+
+    def __init__(self, source: VisionTransformer) -> None:
+        super().__init__()
+        self.dim: int = source.embed_dim
+        self.grid: tuple[int, int] = source.patch_embed.grid_size
+        self.patch: int = source.patch_embed.patch_size[0]
+        self.patch_embed = source.patch_embed
+        self.class_token = Token(self.dim)
+        self.blocks = source.blocks
+        self.norm = source.norm
+        self.register_buffer("positions", sincos_positions(self.dim, self.grid), persistent=False)
+        initialise(self)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the patch tokens with their positions: [B, C, S, S] -> [B, N, D]."""
+        tokens: Tensor = self.patch_embed(images) + self.positions
+        return tokens
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Prepend the class token and run the blocks: [B, T, D] -> [B, 1 + T, D]."""
+        nothing = tokens.new_zeros(tokens.shape[0], 1, self.dim)
+        x = torch.cat([self.class_token(nothing), tokens], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.norm(x)
+        return out
+
+
+def build(backbone: BackboneConfig, data: DataConfig) -> ViT:
+    """Return the encoder as it is trained. Raises ConfigError for what no ViT can be."""
+    source = timm.create_model(
+        backbone.name, **timm_arguments(backbone, data), num_classes=0, norm_layer=partial(nn.LayerNorm, eps=1e-6)
+    )
+    plain = isinstance(source, VisionTransformer) and source.num_prefix_tokens == 1 and source.reg_token is None
+    if not plain or not isinstance(source.norm_pre, nn.Identity):
+        raise ConfigError(f"[backbone] name = '{backbone.name}': is no plain ViT with one class token; take one of vit_*.")
+    if source.embed_dim % 4:
+        raise ConfigError(f"[backbone] name = '{backbone.name}': sine-cosine positions need a width divisible by 4.")
+    return ViT(source)
+
+
+def timm_arguments(backbone: BackboneConfig, data: DataConfig) -> dict[str, Any]:
+    """Return what stock timm needs to build the same architecture. Raises ConfigError where sizes do not fit."""
+    if data.image_size % backbone.patch_size:
+        raise ConfigError(
+            f"[backbone] patch_size = {backbone.patch_size} does not divide [data] image_size = {data.image_size}; "
+            "choose a divisor."
+        )
+    arguments: dict[str, Any] = {
+        "img_size": data.image_size,
+        "patch_size": backbone.patch_size,
+        "in_chans": data.channels,
+        "global_pool": "avg",  # the mean over patches probes better than a class token that MAE never trains
+        "fc_norm": False,  # keeps the trained final norm before the pooling
+    }
+    if backbone.depth is not None:
+        arguments["depth"] = backbone.depth
+    return arguments
+
+
+def timm_state(state: State, backbone: BackboneConfig, data: DataConfig) -> dict[str, Tensor]:
+    """Return a state's backbone under stock timm's names: the same numbers, the head left behind."""
+    size = data.image_size // backbone.patch_size
+    class_token = state[CLASS_TOKEN]  # [D]
+    patches = sincos_positions(class_token.shape[0], (size, size))  # [N, D]
+    named = {
+        name.removeprefix("backbone."): torch.from_numpy(array.copy())
+        for name, array in state.items()
+        if name.startswith("backbone.") and name != CLASS_TOKEN
+    }
+    named["cls_token"] = torch.from_numpy(class_token.copy()).reshape(1, 1, -1)
+    # timm adds positions to the class token too; ours has none.
+    named["pos_embed"] = torch.cat([torch.zeros(1, patches.shape[1]), patches]).unsqueeze(0)
+    return named
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Return the 2D sine-cosine table of a grid, row by row: [rows * columns, dim], float32.
+
+    Half of the channels code the column and half the row, each as sin then cos at frequencies
+    10000^(-2k/(dim/2)) (Vaswani et al. 2017, section 3.5; in two dimensions as in He et al. 2022).
+    """
+    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    angles = [np.outer(axis.ravel(), frequencies) for axis in (columns, rows)]
+    table = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
+    return torch.from_numpy(table.astype(np.float32))
+
+
+def initialise(module: nn.Module) -> None:
+    """Initialise in place as He et al. 2022 do: Xavier-uniform weights, zero biases, tokens of sd 0.02."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight.view(layer.weight.shape[0], -1))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, Token):
+            nn.init.normal_(layer.weight, std=0.02)

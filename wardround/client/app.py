@@ -1,0 +1,66 @@
+"""The site's end of Flower: a message in, the policy's and the journal's word, an answer out."""
+
+import logging
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from wardround.client import policy
+from wardround.client.journal import Journal
+from wardround.client.local_round import Machine, local_round
+from wardround.config import SiteConfig, read_toml
+from wardround.data import open_site
+from wardround.errors import DataError, PolicyRefusal, UpdateError, WardroundError
+from wardround.update import Refusal, Task, state_hash
+from wardround.wire import answer_to_records, records_to_task
+
+log = logging.getLogger(__name__)
+app = ClientApp()
+
+# An error's kind decides whether its text may cross: those of images and configs name files of the site.
+CODES = {PolicyRefusal: "policy", UpdateError: "training", DataError: "images"}
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer one task with an update or a refusal; nothing that is raised crosses."""
+    site = read_toml(Path(str(context.node_config["site-config"])), SiteConfig)
+    try:
+        answer: bytes | Refusal = run_task(site, records_to_task(message.content))
+    except (PolicyRefusal, UpdateError) as error:
+        log.warning("site '%s' refuses: %s", site.name, error)
+        answer = Refusal(CODES[type(error)], str(error))
+    except Exception as error:  # whatever it says may name a file or a patient
+        log.warning("site '%s' failed: %s", site.name, error, exc_info=not isinstance(error, WardroundError))
+        answer = Refusal(CODES.get(type(error), "failed"), "the reason stands in the site's own log")
+    return Message(answer_to_records(answer), reply_to=message)
+
+
+def run_task(site: SiteConfig, task: Task) -> bytes:
+    """Return the bytes of this site's update: replayed where the round is done, trained where not."""
+    protocol = policy.agreed_protocol(site, task)
+    state = policy.checked_state(protocol, task)
+    journal = Journal(site.work, protocol.digest(), site.max_trainings_per_round)
+    done = journal.replay(task.round, state_hash(state))
+    if done is not None:
+        return done
+    images = open_site(site, protocol.data)
+    memory = journal.memory(task.last_folded)
+    if memory is None:
+        log.warning("site '%s': the site memory of round %d is lost; it starts anew", site.name, task.last_folded)
+        memory = {}
+    journal.begin(task.round)
+    update, memory = local_round(protocol, site.name, task.round, state, memory, images, machine(site))
+    block = update.to_bytes()
+    journal.finish(task.round, block, memory)
+    return block
+
+
+def machine(site: SiteConfig) -> Machine:
+    """Return the device and threads that the site allows."""
+    name = site.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return Machine(torch.device(name), site.threads)

@@ -1,0 +1,78 @@
+"""What a site remembers of its rounds, so that each is done once.
+
+A finished round lies on disk before it is sent: the update as it crosses, and the site memory after
+it. Asked again for the same round from the same state, the site replays the bytes. Site memory
+advances only on what the server folded: two rounds are kept, and the next one continues from the
+memory of the round that the server names.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from wardround.errors import PolicyRefusal, UpdateError
+from wardround.registry.durable import write_file
+from wardround.update import State, Update, pack, unpack
+
+KEPT_ROUNDS = 2
+
+
+class Journal:
+    """The rounds of one protocol at one site: a folder for each."""
+
+    def __init__(self, work: Path, digest: str, max_trainings: int) -> None:
+        self.folder = work / "journal" / digest[:16]
+        self.max_trainings = max_trainings
+
+    def replay(self, round: int, state: str) -> bytes | None:
+        """Return the finished update of a round from a state, or None where there is none.
+
+        Raises PolicyRefusal for a round that lies behind the newest finished one.
+        """
+        newest = max(self._finished(), default=0)
+        if round < newest:
+            raise PolicyRefusal(f"round {round} lies behind round {newest}, which is done here; rounds only go forward.")
+        path = self._round(round) / "update.safetensors"
+        if not path.exists():
+            return None
+        block = path.read_bytes()
+        try:
+            return block if Update.from_bytes(block).state == state else None
+        except UpdateError:  # damaged on this disk: train the round again, which is counted
+            return None
+
+    def begin(self, round: int) -> None:
+        """Count a training of a round, on disk, before it starts. Raises PolicyRefusal past the limit."""
+        path = self._round(round) / "trainings.json"
+        begun = json.loads(path.read_bytes()) if path.exists() else 0
+        if begun >= self.max_trainings:
+            raise PolicyRefusal(
+                f"round {round} was trained {begun} times already; this site's limit is max_trainings_per_round = "
+                f"{self.max_trainings}."
+            )
+        write_file(path, json.dumps(begun + 1).encode())
+
+    def finish(self, round: int, update: bytes, memory: State) -> None:
+        """Keep a round's update and the site memory after it; the update's name on disk means done."""
+        write_file(self._round(round) / "memory.safetensors", pack(memory, {}))
+        write_file(self._round(round) / "update.safetensors", update)
+        for old in sorted(self._finished())[:-KEPT_ROUNDS]:
+            shutil.rmtree(self._round(old))
+
+    def memory(self, round: int) -> State | None:
+        """Return the site memory after a round that the server folded; empty before the first.
+
+        None where it is lost: the caller says so and starts anew.
+        """
+        if round == 0:
+            return {}
+        try:
+            return unpack((self._round(round) / "memory.safetensors").read_bytes())[0]
+        except (OSError, UpdateError):
+            return None
+
+    def _round(self, round: int) -> Path:
+        return self.folder / f"round-{round:05d}"
+
+    def _finished(self) -> list[int]:
+        return [int(path.parent.name.removeprefix("round-")) for path in self.folder.glob("round-*/update.safetensors")]

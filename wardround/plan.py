@@ -1,0 +1,84 @@
+"""From a config to what it means: the first state, the protocol, and what a round costs.
+
+`wardround check`, the server and the sites all ask here, so that they cannot disagree.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from wardround import ssl as methods
+from wardround.config import FederationConfig, Protocol
+from wardround.config.federation import Recipe
+from wardround.ssl.pretrain import Plain, pretrain
+from wardround.update import Layout, State, state_hash
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config resolved."""
+
+    config: FederationConfig
+    protocol: Protocol
+    state: State  # what round 1 starts from
+
+    @property
+    def digest(self) -> str:
+        """The protocol digest."""
+        return self.protocol.digest()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a site spends; measured on this machine by running a step."""
+
+    backbone_parameters: int
+    head_parameters: int
+    bytes_per_message: int  # one state or one update
+    memory_bytes: int  # weights, gradients, two moments, and what the forward pass keeps
+    seconds_per_step: float
+
+
+def resolve(config: FederationConfig) -> Plan:
+    """Return the plan of a config. Raises ConfigError for what cannot be built."""
+    state = methods.get_state(methods.build(config))
+    return Plan(config, config.protocol(state_hash(state)), state)
+
+
+def architecture(recipe: Recipe) -> Layout:
+    """Return names, shapes and dtypes of the state that a recipe leads to."""
+    with torch.device("meta"):  # shapes alone: no memory and no time for weights
+        return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in methods.build(recipe).state_dict().items()}
+
+
+def cost(plan: Plan, steps: int = 3) -> Cost:
+    """Return what a round costs, by training `steps` steps on noise after one to warm up."""
+    recipe = plan.config
+    method = methods.build(recipe)
+    size = recipe.data.image_size
+    noise = np.random.default_rng(0).integers(0, 256, (recipe.training.batch_size, recipe.data.channels, size, size))
+    engine = Plain(method, noise.astype(np.uint8), recipe, "check")
+    kept = _kept_by_forward(method, engine)
+    pretrain(method, engine, recipe.training, 0, 1, {}, "check")
+    started = time.perf_counter()
+    pretrain(method, engine, recipe.training, 0, steps, {}, "check")
+    seconds = (time.perf_counter() - started) / steps
+    sizes = {part: sum(a.size for n, a in plan.state.items() if n.startswith(part)) for part in ("backbone", "head")}
+    state_bytes = sum(array.nbytes for array in plan.state.values())
+    return Cost(sizes["backbone"], sizes["head"], state_bytes, 4 * state_bytes + kept, seconds)
+
+
+def _kept_by_forward(method: methods.Method, engine: Plain) -> int:
+    """Return the bytes that one forward pass keeps for the backward pass."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        method(*engine.batch(0))
+    return sum(storages.values())
+

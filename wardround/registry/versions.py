@@ -1,0 +1,19 @@
+"""Which software made a checkpoint."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+PACKAGES = ("wardround", "torch", "timm", "flwr", "numpy", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that bit-equality depends on, the processor and the thread count."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # the training core also runs where flwr is not installed
+            found[package] = "absent"
+    return found

@@ -1,0 +1,62 @@
+"""The picture of a round: what a masked autoencoder makes of images that the coordinator owns."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wardround import ssl as methods
+from wardround.config.federation import Recipe
+from wardround.ssl.draws import generator
+from wardround.ssl.mae import MAE, patchify, random_order, unpatchify
+from wardround.ssl.views import normalise
+from wardround.update import State
+
+
+def draw_reconstructions(recipe: Recipe, state: State, images: NDArray[np.uint8], path: Path, title: str) -> bool:
+    """Write a PNG of images, of what the encoder sees, and of the reconstruction; False where the method has none.
+
+    images: [N, C, S, S]; the first eight are drawn, with the same masks in every round.
+    """
+    method = methods.build(recipe)
+    if not isinstance(method, MAE):
+        return False
+    methods.set_state(method, state)
+    method.eval()
+    shown = torch.from_numpy(np.array(images[:8])).float() / 255.0
+    order = random_order(len(shown), method.head.tokens, generator(recipe.seed, "report"))
+    with torch.no_grad():
+        seen, filled = _panels(method, recipe, shown, order)
+    rows = {"image": shown, "seen": seen, "reconstructed": filled}
+    figure = Figure(figsize=(1.3 * len(shown), 1.35 * len(rows) + 0.4), dpi=110, layout="constrained")
+    axes = figure.subplots(len(rows), len(shown), squeeze=False)
+    for line, (name, panel) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name)
+        for axis, image in zip(line, panel, strict=True):
+            axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return True
+
+
+def _panels(method: MAE, recipe: Recipe, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the encoder sees (grey elsewhere) and the image with its hidden patches filled in."""
+    patch, channels = method.backbone.patch, recipe.data.channels
+    pixels = patchify(images, patch)  # [N, T, P * P * C]
+    predicted = method.predict(normalise(images, recipe.data), order)
+    target = patchify(normalise(images, recipe.data), patch)
+    if recipe.method.normalised_pixels:
+        # The network predicts each patch up to brightness and contrast; for the eye they are put back.
+        predicted = predicted * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
+    std = torch.tensor(recipe.data.std).view(1, channels, 1, 1)
+    mean = torch.tensor(recipe.data.mean).view(1, channels, 1, 1)
+    predicted = patchify(unpatchify(predicted, patch, channels) * std + mean, patch)
+    visible = torch.zeros(pixels.shape[:2]).scatter_(1, order[:, : method.num_visible], 1.0).unsqueeze(-1)
+    seen = pixels * visible + 0.5 * (1 - visible)
+    filled = pixels * visible + predicted * (1 - visible)
+    return unpatchify(seen, patch, channels), unpatchify(filled, patch, channels)

@@ -1,0 +1,75 @@
+"""The coordinator's end of Flower: the durable loop over a Grid, the same in one process and over the network."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.serverapp import Grid, ServerApp
+
+from wardround.server.tracking import Tracking
+from wardround.server.rounds import run_rounds
+from wardround.server.run_folder import RunFolder, open_run
+from wardround.update import Refusal, Task
+from wardround.wire import message_to_answer, task_to_records
+
+log = logging.getLogger(__name__)
+app = ServerApp()
+
+POLL_SECONDS = 0.2
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation of a run folder to its end, record it and register its backbone."""
+    run = open_run(Path(str(context.run_config["run-folder"])))
+    fleet = Fleet(grid, run)
+    with Tracking(run) as tracking:
+        run_rounds(run, fleet.ask, tracking.committed)
+        tracking.register()
+
+
+class Fleet:
+    """The sites behind a Grid, each known by the public key that it connected with."""
+
+    def __init__(self, grid: Grid, run: RunFolder) -> None:
+        self.grid = grid
+        self.sites = {key.encode(): site for site, key in run.members.items()}
+        self.patience = run.config.membership.wait_seconds
+
+    def ask(self, tasks: Mapping[str, Task]) -> Iterator[tuple[str, bytes | Refusal]]:
+        """Yield the answers to the tasks as they come; who stays silent is refused as silent."""
+        nodes = self.wait_for(list(tasks))
+        for site in sorted(tasks.keys() - nodes.keys()):
+            yield site, Refusal("silent", f"was not connected after {self.patience:.0f} s")
+        messages = [
+            Message(task_to_records(tasks[site]), dst_node_id=node, message_type="train", group_id=str(tasks[site].round))
+            for site, node in nodes.items()
+        ]
+        waiting = dict(zip(self.grid.push_messages(messages), nodes, strict=True))
+        deadline = time.monotonic() + self.patience
+        while waiting and time.monotonic() < deadline:
+            # One at a time, so that no more than one update is in memory.
+            for message_id in list(waiting):
+                for reply in self.grid.pull_messages([message_id]):
+                    yield waiting.pop(message_id), message_to_answer(reply)
+            if waiting:
+                time.sleep(POLL_SECONDS)
+        for site in waiting.values():
+            yield site, Refusal("silent", f"sent nothing for {self.patience:.0f} s")
+
+    def wait_for(self, sites: list[str]) -> dict[str, int]:
+        """Return the node of each site that is connected; wait for all of them, but not for ever."""
+        deadline = time.monotonic() + self.patience
+        said = 0.0
+        while True:
+            online = {self.sites[node.public_key]: node.node_id for node in self.grid.get_nodes() if node.public_key in self.sites}
+            nodes = {site: online[site] for site in sorted(sites) if site in online}
+            left = deadline - time.monotonic()
+            if len(nodes) == len(sites) or left <= 0:
+                return nodes
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                log.warning("waiting for %s (%.0f s left)", ", ".join(sorted(set(sites) - set(nodes))), left)
+            time.sleep(POLL_SECONDS)

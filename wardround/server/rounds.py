@@ -1,0 +1,119 @@
+"""The durable loop over rounds. It knows nothing of Flower: how sites are asked is handed in.
+
+Every step is on disk before the next one begins, so the loop may be killed anywhere and started
+again: a committed round is never repeated, an open one keeps what has arrived, a closed one is
+folded as it was decided.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from wardround.errors import UpdateError
+from wardround.registry import checkpoint
+from wardround.registry.checkpoint import Checkpoint
+from wardround.server import cohort
+from wardround.server.aggregate import fold
+from wardround.server.run_folder import RunFolder
+from wardround.server.spool import Closed, Spool
+from wardround.update import Refusal, State, Task, Update, check_tensors, layout, pack, state_hash
+
+# Sends each site its task and yields answers as they come, at most one a site, until all answered
+# or the patience is over.
+Ask = Callable[[Mapping[str, Task]], Iterator[tuple[str, bytes | Refusal]]]
+
+
+def run_rounds(run: RunFolder, ask: Ask, committed: Callable[[int], None]) -> None:
+    """Train until the last round is committed; `committed` is called after each commit."""
+    done = run.committed()[-1]
+    last = run.checkpoint(done)
+    for number in range(done + 1, run.config.training.rounds + 1):
+        last = run_round(run, last, number, ask)
+        committed(number)
+
+
+def run_round(run: RunFolder, last: Checkpoint, number: int, ask: Ask) -> Checkpoint:
+    """Ask, close, fold and commit one round, from wherever an earlier try left it."""
+    started = time.time()
+    spool = Spool(run.round(number))
+    closed = spool.closed() or collect(run, last, spool, number, ask)
+    weights = cohort.weights(run.config, closed.declared)
+    with spool.reader(closed) as read:
+        state, velocity = fold(last.state, last.server, read, weights, run.config.aggregation)
+    record = _record(run, closed, weights, last, time.time() - started)
+    new = Checkpoint(number, run.digest, state, velocity, record)
+    checkpoint.write(run.round(number) / "checkpoint", new)
+    spool.drop_updates()
+    return new
+
+
+def collect(run: RunFolder, last: Checkpoint, spool: Spool, number: int, ask: Ask) -> Closed:
+    """Return the decision on a round: ask whoever has not answered, check and keep what comes, close."""
+    asked = spool.cohort()
+    if asked is None:
+        asked = cohort.choose(run.config, list(run.members))
+        spool.open(asked)
+    missing = sorted(set(asked) - set(spool.arrived()))
+    refused: dict[str, Refusal] = {}
+    tasks = _tasks(run, last, number, missing)
+    for site, answer in ask(tasks) if tasks else ():
+        if isinstance(answer, Refusal):
+            refused[site] = answer
+            continue
+        try:
+            check_update(run, site, number, last.state, answer)
+            spool.add(site, answer)
+        except UpdateError as error:
+            refused[site] = Refusal("invalid", str(error))
+    arrived, needed = len(spool.arrived()), cohort.enough(run.config, asked)
+    if arrived < needed:
+        reasons = "; ".join(f"'{site}' {refused[site].code}: {refused[site].text}" for site in sorted(refused))
+        raise UpdateError(
+            f"round {number}: {arrived} of {len(asked)} sites gave an update, {needed} are needed. {reasons.rstrip('.')}. "
+            "What arrived is kept; start the same command again to ask the others anew."
+        )
+    return spool.close(refused)
+
+
+def check_update(run: RunFolder, site: str, number: int, state: State, block: bytes) -> None:
+    """Raise UpdateError unless a block is this site's update, of this round, from this state, and sound."""
+    limit = sum(array.nbytes for array in state.values()) + 1_000_000
+    if len(block) > limit:
+        raise UpdateError(f"site '{site}': its update has {len(block)} bytes, expected at most {limit}.")
+    update = Update.from_bytes(block)
+    expected = {"site": site, "protocol": run.digest, "round": number, "state": state_hash(state)}
+    for field, value in expected.items():
+        if (found := getattr(update, field)) != value:
+            raise UpdateError(
+                f"site '{site}': its update says {field} {str(found)[:16]}, expected {str(value)[:16]}. "
+                "Compare its protocol digest with 'wardround check'."
+            )
+    if not (update.declared.images > 0 and update.declared.steps > 0):
+        raise UpdateError(f"site '{site}': declares {update.declared.images} images and {update.declared.steps} steps.")
+    check_tensors(f"site '{site}'", update.delta, layout(state))
+
+
+def _tasks(run: RunFolder, last: Checkpoint, number: int, sites: list[str]) -> dict[str, Task]:
+    """Return each site's task; they share one block of bytes."""
+    state = pack(last.state, {})
+    protocol = json.dumps(run.protocol.model_dump(mode="json"), sort_keys=True)
+    folded = last.record.get("last_folded", {})
+    return {site: Task(number, protocol, folded.get(site, 0), state) for site in sites}
+
+
+def _record(
+    run: RunFolder, closed: Closed, weights: dict[str, float], last: Checkpoint, seconds: float
+) -> dict[str, Any]:
+    """Return what the manifest tells a person about the round."""
+    total = sum(weights.values())
+    number = last.round + 1
+    return {
+        "sites": {site: {**vars(value), "weight": weights[site] / total} for site, value in closed.declared.items()},
+        "refused": closed.refused,
+        "last_folded": {**last.record.get("last_folded", {}), **dict.fromkeys(closed.updates, number)},
+        "bytes_received": closed.bytes,
+        "bytes_sent": sum(array.nbytes for array in last.state.values()) * len(closed.updates),
+        "seconds": seconds,
+        "parent": state_hash(last.state),
+    }

@@ -1,0 +1,116 @@
+"""The run folder: one federation's whole life on the coordinator's disk.
+
+    federation.json    the config as resolved          rounds/00000/checkpoint/   the initial state
+    protocol.json      what the sites approved         rounds/00001/cohort.json   who was asked
+    members.json       site name -> public key         rounds/00001/updates/      what has come in
+    run.json           where it is tracked             rounds/00001/closed.json   who counts
+                                                       rounds/00001/checkpoint/   the commit
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wardround.config import FederationConfig, Protocol, parse
+from wardround.errors import CheckpointError
+from wardround.plan import Plan
+from wardround.registry import checkpoint
+from wardround.registry.checkpoint import Checkpoint
+from wardround.registry.durable import write_file
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder that exists; make one with `create` or `open_run`."""
+
+    path: Path
+    config: FederationConfig
+    protocol: Protocol
+    members: dict[str, str]  # site name -> public key, as text
+    tracking: str  # MLflow's URI
+
+    @property
+    def digest(self) -> str:
+        """The protocol digest."""
+        return self.protocol.digest()
+
+    def round(self, number: int) -> Path:
+        """Return a round's folder."""
+        return self.path / "rounds" / f"{number:05d}"
+
+    def committed(self) -> list[int]:
+        """Return the committed rounds, ascending; 0, the initial state, is always the first."""
+        rounds = self.path / "rounds"
+        return sorted(int(p.parent.name) for p in rounds.glob("*/checkpoint") if p.parent.name.isdigit())
+
+    def checkpoint(self, number: int) -> Checkpoint:
+        """Return a committed round's checkpoint, verified. Raises CheckpointError."""
+        found = checkpoint.read(self.round(number) / "checkpoint")
+        if found.protocol != self.digest or found.round != number:
+            raise CheckpointError(
+                f"checkpoint {self.round(number)}: belongs to round {found.round} of protocol {found.protocol[:12]}, "
+                f"expected round {number} of {self.digest[:12]}. It was moved; restore the right one."
+            )
+        return found
+
+    def record(self, number: int) -> dict[str, Any]:
+        """Return a committed round's record: sites, figures, seconds, bytes."""
+        record: dict[str, Any] = checkpoint.read_manifest(self.round(number) / "checkpoint")["record"]
+        return record
+
+
+def create(path: Path, plan: Plan, members: dict[str, str], tracking: str) -> RunFolder:
+    """Return the run folder of a plan, made if it is not there.
+
+    Raises CheckpointError where the folder belongs to another config. Members and tracking may change.
+    """
+    digest = plan.digest
+    if (path / "protocol.json").exists():
+        found = _read(path / "protocol.json")
+        if parse(found, Protocol, str(path / "protocol.json")).digest() != digest:
+            raise CheckpointError(
+                f"run folder {path}: belongs to another config ({_first_difference(found, plan.protocol.model_dump(mode='json'))}). "
+                "Give another --out, or the config it began with."
+            )
+    elif path.exists() and any(path.iterdir()) and not (path / "rounds").exists() and not (path / "sites").exists():
+        raise CheckpointError(f"run folder {path}: is not empty and no run of Wardround; give another --out.")
+    run = RunFolder(path, plan.config, plan.protocol, members, tracking)
+    write_file(path / "members.json", json.dumps(members, indent=2).encode())
+    write_file(path / "run.json", json.dumps({"tracking": tracking}).encode())
+    write_file(path / "federation.json", plan.config.model_dump_json(indent=2).encode())
+    if 0 not in run.committed():
+        checkpoint.write(run.round(0) / "checkpoint", Checkpoint(0, digest, plan.state, {}, {}))
+    # Last: a folder with a protocol is a whole one.
+    write_file(path / "protocol.json", plan.protocol.model_dump_json(indent=2).encode())
+    return run
+
+
+def open_run(path: Path) -> RunFolder:
+    """Return the run folder at a path. Raises CheckpointError where there is none."""
+    if not (path / "protocol.json").exists():
+        raise CheckpointError(f"{path}: is no run folder (it has no protocol.json); give the --out of an earlier command.")
+    return RunFolder(
+        path,
+        parse(_read(path / "federation.json"), FederationConfig, str(path / "federation.json")),
+        parse(_read(path / "protocol.json"), Protocol, str(path / "protocol.json")),
+        _read(path / "members.json"),
+        _read(path / "run.json")["tracking"],
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read; the run folder is damaged. Restore it from a copy.") from error
+    return content
+
+
+def _first_difference(found: Any, expected: Any, where: str = "") -> str:
+    """Return the first value in which two protocols differ, as a person would look for it."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted(found.keys() | expected.keys()):
+            if found.get(key) != expected.get(key):
+                return _first_difference(found.get(key), expected.get(key), f"{where}.{key}" if where else key)
+    return f"{where} is {found} there, {expected} here"

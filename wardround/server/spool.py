@@ -1,0 +1,107 @@
+"""One open round on disk: who was asked, what has come in, and who counts.
+
+The decision to close is written before anything is folded, so a server that is killed between the
+two folds the same updates again.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from wardround.errors import CheckpointError
+from wardround.registry.durable import write_file
+from wardround.server.aggregate import Read
+from wardround.update import Array, Declared, Refusal, Update
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The persisted decision about a round."""
+
+    updates: dict[str, str]  # site -> SHA-256 of its spooled update
+    declared: dict[str, Declared]
+    refused: dict[str, str]  # site -> code and reason
+    bytes: int  # of the updates
+
+
+class Spool:
+    """A round's folder while the round is open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def cohort(self) -> list[str] | None:
+        """Return the sites that were asked, or None where the round has not begun."""
+        path = self.folder / "cohort.json"
+        return json.loads(path.read_bytes()) if path.exists() else None
+
+    def open(self, cohort: list[str]) -> None:
+        """Write down who is asked."""
+        write_file(self.folder / "cohort.json", json.dumps(cohort).encode())
+
+    def add(self, site: str, block: bytes) -> None:
+        """Keep a checked update."""
+        write_file(self._update(site), block)
+
+    def arrived(self) -> list[str]:
+        """Return the sites whose updates are here, by name."""
+        return sorted(path.name.removesuffix(".safetensors") for path in self.folder.glob("updates/[!.]*.safetensors"))
+
+    def close(self, refused: dict[str, Refusal]) -> Closed:
+        """Decide, on disk, that what has arrived counts and nothing after it does."""
+        declared, hashes, size = {}, {}, 0
+        for site in self.arrived():
+            block = self._update(site).read_bytes()
+            declared[site] = Update.from_bytes(block).declared
+            hashes[site] = hashlib.sha256(block).hexdigest()
+            size += len(block)
+        reasons = {site: f"{refusal.code}: {refusal.text}" for site, refusal in refused.items() if site not in hashes}
+        decision = {
+            "updates": hashes,
+            "declared": {site: vars(value) for site, value in declared.items()},
+            "refused": reasons,
+            "bytes": size,
+        }
+        write_file(self.folder / "closed.json", json.dumps(decision, indent=2, sort_keys=True).encode())
+        return Closed(hashes, declared, reasons, size)
+
+    def closed(self) -> Closed | None:
+        """Return the decision, or None while the round is open."""
+        path = self.folder / "closed.json"
+        if not path.exists():
+            return None
+        found = json.loads(path.read_bytes())
+        declared = {site: Declared(**value) for site, value in found["declared"].items()}
+        return Closed(found["updates"], declared, found["refused"], found["bytes"])
+
+    @contextmanager
+    def reader(self, closed: Closed) -> Iterator[Read]:
+        """Give a function that reads one tensor of one site's delta, after checking every update's hash."""
+        files = {}
+        for site, sha in closed.updates.items():
+            path = self._update(site)
+            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha:
+                raise CheckpointError(
+                    f"{path}: differs from what closed.json names; the round cannot be folded as decided. "
+                    "Restore the file, or remove the round's folder to train it again."
+                )
+            files[site] = safe_open(path, framework="numpy")
+
+        def read(site: str, name: str) -> Array:
+            array: Array = files[site].get_tensor(name)
+            return array
+
+        yield read
+
+    def drop_updates(self) -> None:
+        """Delete the updates of a committed round: nobody needs a single site's delta any more."""
+        shutil.rmtree(self.folder / "updates", ignore_errors=True)
+
+    def _update(self, site: str) -> Path:
+        return self.folder / "updates" / f"{site}.safetensors"

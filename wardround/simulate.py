@@ -1,0 +1,125 @@
+"""A whole federation in one process: production's ServerApp and ClientApp over a Grid of ten lines."""
+
+import json
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from wardround.client.app import app as client_app
+from wardround.config import FederationConfig
+from wardround.data import labelled_sites
+from wardround.errors import ConfigError, DataError
+from wardround.plan import resolve
+from wardround.registry.durable import write_file
+from wardround.server.app import app as server_app
+from wardround.server.run_folder import RunFolder, create
+
+
+def simulate(config: FederationConfig, data: Path, out: Path, tracking: str, threads: int = 0) -> RunFolder:
+    """Run a federation over the sites of a folder, or go on where an earlier call stopped.
+
+    `data` is a labelled folder (labels.csv, its `site` column) or a folder with one folder a site.
+    Each site gets a `site.toml` and a work folder below `out/sites/`, as it would have at home.
+    """
+    sites = choose_sites(config, data)
+    plan = resolve(config)
+    files = {site: write_site(out / "sites" / site, site, data, plan.digest, threads) for site in sites}
+    run = create(out, plan, {site: f"in-process:{site}" for site in sites}, tracking)
+    grid = InProcessGrid(client_app, files)
+    server_app(grid, Context(1, 0, {}, RecordDict(), {"run-folder": str(out.resolve())}))
+    return run
+
+
+def choose_sites(config: FederationConfig, data: Path) -> list[str]:
+    """Return the sites of a folder that take part. Raises DataError or ConfigError where there are none."""
+    if not data.is_dir():
+        raise DataError(f"{data}: is no folder; give --data the folder of a labels.csv, or one with a folder a site.")
+    found = labelled_sites(data) if _labelled(data) else sorted(p.name for p in data.iterdir() if p.is_dir())
+    if not found:
+        raise DataError(f"{data}: has neither a labels.csv nor a folder a site; nothing to train on.")
+    if missing := sorted(config.membership.sites.keys() - set(found)):
+        raise ConfigError(f"[membership] sites: '{missing[0]}' is not in {data}, which has {', '.join(found)}.")
+    return sorted(config.membership.sites) or found
+
+
+def write_site(folder: Path, site: str, data: Path, digest: str, threads: int) -> Path:
+    """Write the `site.toml` of a site of this process, which approves just this protocol."""
+    text = json.dumps  # a JSON string is a TOML string
+    images = f"folder = {text(str((data if _labelled(data) else data / site).resolve()))}\n"
+    if _labelled(data):
+        images += f'kind = "labelled"\nsite = {text(site)}\n'
+    path = folder / "site.toml"
+    content = (
+        f"format = 1\nname = {text(site)}\nwork = {text(str(folder.resolve()))}\napproved = [{text(digest)}]\n"
+        f"threads = {threads}\n\n[images]\n{images}"
+    )
+    write_file(path, content.encode())
+    return path
+
+
+def _labelled(data: Path) -> bool:
+    return (data / "labels.csv").exists()
+
+
+class InProcessGrid(Grid):
+    """Flower's Grid without a network: a message is answered when its reply is asked for.
+
+    Contents are not copied: what wire.py sends are immutable bytes.
+    """
+
+    def __init__(self, client: ClientApp, files: dict[str, Path]) -> None:
+        self.client = client
+        self.files = {number: (site, path) for number, (site, path) in enumerate(sorted(files.items()), start=1)}
+        self.waiting: dict[str, Message] = {}
+        # Flower's Message asks for the identity of the task that it is made in.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Return every site; the name stands in for the public key of a real connection."""
+        return [NodeInfo(node_id=n, public_key=f"in-process:{site}".encode()) for n, (site, _) in self.files.items()]
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the number of every site."""
+        return list(self.files)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Keep the messages until their replies are asked for."""
+        made = {uuid.uuid4().hex: message for message in messages}
+        for message_id, message in made.items():
+            message.metadata.__dict__["_message_id"] = message_id
+        self.waiting.update(made)
+        return list(made)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Run the client for each message, one after the other."""
+        return [self._answer(self.waiting.pop(message_id)) for message_id in message_ids]
+
+    def _answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        context = Context(1, node, {"site-config": str(self.files[node][1])}, RecordDict(), {})
+        return self.client(message, context)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send and answer at once."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def set_run(self, run: Run) -> None:
+        """Do nothing: there is one run."""
+
+    @property
+    def run(self) -> Run:
+        """The one run."""
+        return Run.create_empty(1)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return a message, as the deprecated call of Flower's Grid does."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
