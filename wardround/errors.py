@@ -6,7 +6,8 @@
     ├── PolicyRefusal     a site declines what the coordinator asks
     ├── BudgetExhausted   the privacy budget does not cover what is asked
     ├── UpdateError       an update cannot be folded
-    └── CheckpointError   a checkpoint or a run folder is damaged or belongs elsewhere
+    ├── CheckpointError   a checkpoint or a run folder is damaged or belongs elsewhere
+    └── TrackingError     MLflow cannot be reached, or refuses
 
 A message is one line: who, what was found and what was expected, and the remedy. The command
 prints it and exits with 2. Anything else that is raised is a defect of Wardround, not of its user.
@@ -39,3 +40,7 @@ class UpdateError(WardroundError):
 
 class CheckpointError(WardroundError):
     """A checkpoint or a run folder is damaged, or belongs to another federation."""
+
+
+class TrackingError(WardroundError):
+    """MLflow cannot be reached, or refuses."""

@@ -50,7 +50,10 @@ def resolve(config: FederationConfig) -> Plan:
 def architecture(recipe: Recipe) -> Layout:
     """Return names, shapes and dtypes of the state that a recipe leads to."""
     with torch.device("meta"):  # shapes alone: no memory and no time for weights
-        return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in methods.build(recipe).state_dict().items()}
+        return {
+            name: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
+            for name, t in methods.build(recipe).state_dict().items()
+        }
 
 
 def cost(plan: Plan, steps: int = 3) -> Cost:
@@ -81,4 +84,3 @@ def _kept_by_forward(method: methods.Method, engine: Plain) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         method(*engine.batch(0))
     return sum(storages.values())
-

@@ -13,25 +13,32 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from wardround.client.app import app as client_app
-from wardround.config import FederationConfig
-from wardround.data import labelled_sites
+from wardround.config import FederationConfig, SiteConfig, read_toml
+from wardround.data import SiteImages, labelled_sites, open_site
 from wardround.errors import ConfigError, DataError
-from wardround.plan import resolve
+from wardround.plan import Plan, resolve
 from wardround.registry.durable import write_file
 from wardround.server.app import app as server_app
-from wardround.server.run_folder import RunFolder, create
+from wardround.server.run_folder import RunFolder, check_owner, create
 
 
-def simulate(config: FederationConfig, data: Path, out: Path, tracking: str, threads: int = 0) -> RunFolder:
-    """Run a federation over the sites of a folder, or go on where an earlier call stopped.
+def index_sites(config: FederationConfig, data: Path, out: Path, threads: int = 0) -> dict[str, SiteImages]:
+    """Return the images of every site of a folder, indexed and decoded, so that bad input shows before training.
 
     `data` is a labelled folder (labels.csv, its `site` column) or a folder with one folder a site.
     Each site gets a `site.toml` and a work folder below `out/sites/`, as it would have at home.
     """
-    sites = choose_sites(config, data)
+    files = _write_sites(config, resolve(config), data, out, threads)
+    sites = (read_toml(path, SiteConfig) for path in files.values())
+    return {site.name: open_site(site, config.data) for site in sites}
+
+
+def simulate(config: FederationConfig, data: Path, out: Path, tracking: str, threads: int = 0) -> RunFolder:
+    """Run a federation over the sites of a folder (see `index_sites`), or go on where an earlier call stopped."""
     plan = resolve(config)
-    files = {site: write_site(out / "sites" / site, site, data, plan.digest, threads) for site in sites}
-    run = create(out, plan, {site: f"in-process:{site}" for site in sites}, tracking)
+    check_owner(out, plan)
+    files = _write_sites(config, plan, data, out, threads)
+    run = create(out, plan, {site: f"in-process:{site}" for site in files}, tracking)
     grid = InProcessGrid(client_app, files)
     server_app(grid, Context(1, 0, {}, RecordDict(), {"run-folder": str(out.resolve())}))
     return run
@@ -49,7 +56,13 @@ def choose_sites(config: FederationConfig, data: Path) -> list[str]:
     return sorted(config.membership.sites) or found
 
 
-def write_site(folder: Path, site: str, data: Path, digest: str, threads: int) -> Path:
+def _write_sites(config: FederationConfig, plan: Plan, data: Path, out: Path, threads: int) -> dict[str, Path]:
+    """Return the `site.toml` of each site that takes part."""
+    sites = choose_sites(config, data)
+    return {site: _write_site(out / "sites" / site, site, data, plan.digest, threads) for site in sites}
+
+
+def _write_site(folder: Path, site: str, data: Path, digest: str, threads: int) -> Path:
     """Write the `site.toml` of a site of this process, which approves just this protocol."""
     text = json.dumps  # a JSON string is a TOML string
     images = f"folder = {text(str((data if _labelled(data) else data / site).resolve()))}\n"

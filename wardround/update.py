@@ -49,7 +49,9 @@ class Declared:
             value = getattr(self, field.name)
             sound = isinstance(value, str) and len(value) <= 40 if field.type is str else _is_measure(value, field.type)
             if not sound:
-                raise UpdateError(f"declared field '{field.name}' is {str(value)[:40]!r}, expected {_KINDS[field.type]}.")
+                raise UpdateError(
+                    f"declared field '{field.name}' is {str(value)[:40]!r}, expected {_KINDS[field.type]}."
+                )
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Update:
 def pack(tensors: Mapping[str, Array], header: Mapping[str, Any]) -> bytes:
     """Return named arrays and a JSON header as one safetensors block, bit-stable."""
     text = json.dumps(header, sort_keys=True)
-    return save_tensors({name: np.ascontiguousarray(a) for name, a in tensors.items()}, metadata={_META: text})
+    block: bytes = save_tensors({name: np.asarray(a, order="C") for name, a in tensors.items()}, metadata={_META: text})
+    return block
 
 
 def unpack(block: bytes) -> tuple[State, dict[str, Any]]:
@@ -91,7 +94,9 @@ def unpack(block: bytes) -> tuple[State, dict[str, Any]]:
         (length,) = struct.unpack("<Q", block[:8])
         header = json.loads(json.loads(block[8 : 8 + length])["__metadata__"][_META])
     except (SafetensorError, struct.error, KeyError, TypeError, ValueError) as error:
-        raise UpdateError(f"a block of {len(block)} bytes is no whole update or state; it was cut or altered.") from error
+        raise UpdateError(
+            f"a block of {len(block)} bytes is no whole update or state; it was cut or altered."
+        ) from error
     if not isinstance(header, dict):
         raise UpdateError("the block's header is no object; it was altered.")
     return tensors, header
@@ -101,7 +106,7 @@ def state_hash(state: Mapping[str, Array]) -> str:
     """Return the SHA-256 over names, shapes, dtypes and bytes, whatever the order of the names."""
     sha = hashlib.sha256()
     for name in sorted(state):
-        array = np.ascontiguousarray(state[name])
+        array = np.asarray(state[name], order="C")  # ascontiguousarray would make scalars 1-d
         sha.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
         sha.update(array.data)
     return sha.hexdigest()

@@ -26,7 +26,9 @@ def records_to_task(records: RecordDict) -> Task:
     try:
         fields = records.config_records["task"]
         if fields["wire"] != VERSION:
-            raise UpdateError(f"the coordinator speaks wire version {fields['wire']}, this site {VERSION}; upgrade the older.")
+            raise UpdateError(
+                f"the coordinator speaks wire version {fields['wire']!r}, this site {VERSION}; upgrade the older."
+            )
         return Task(
             round=int(fields["round"]),  # type: ignore[arg-type]  # a record's value is a union
             protocol=str(fields["protocol"]),

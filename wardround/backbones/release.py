@@ -30,7 +30,7 @@ def save_release(recipe: Recipe, state: State, folder: Path, provenance: dict[st
     model = timm_model(recipe, state)
     data = recipe.data
     # timm would otherwise write its own tag, licence, mean and std for weights that are not its own.
-    model.pretrained_cfg = {
+    declared: dict[str, Any] = {
         "architecture": recipe.backbone.name,
         "tag": recipe.name,
         "input_size": [data.channels, data.image_size, data.image_size],
@@ -45,8 +45,11 @@ def save_release(recipe: Recipe, state: State, folder: Path, provenance: dict[st
         "license": "see provenance.json",
         "origin_url": "",
     }
+    model.pretrained_cfg = declared  # type: ignore[assignment]  # timm hangs a dictionary on the module
     folder.mkdir(parents=True, exist_ok=True)
     arguments = timm_arguments(recipe.backbone, data)
     save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
-    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.safetensors", "config.json")}
+    hashes = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.safetensors", "config.json")
+    }
     (folder / "provenance.json").write_text(json.dumps({**provenance, "sha256": hashes}, indent=2, sort_keys=True))

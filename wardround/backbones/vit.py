@@ -5,12 +5,14 @@ leaf layer that only adds its parameter, the position table is a constant, and t
 `nn.LayerNorm` (timm's own subclass escapes Opacus's samplers, which match on the exact type).
 """
 
+import difflib
 from functools import partial
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from wardround.config.federation import BackboneConfig, DataConfig
 from wardround.errors import ConfigError
 from wardround.update import State
 
-CLASS_TOKEN = "backbone.class_token.weight"
+CLASS_TOKEN = "backbone.class_token.weight"  # noqa: S105  # a tensor's name
 
 
 class Token(nn.Module):
@@ -67,12 +69,20 @@ class ViT(nn.Module):
 
 def build(backbone: BackboneConfig, data: DataConfig) -> ViT:
     """Return the encoder as it is trained. Raises ConfigError for what no ViT can be."""
+    if not timm.is_model(backbone.name):
+        near = difflib.get_close_matches(backbone.name, timm.list_models("vit_*"), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "timm.list_models('vit_*') shows what there is."
+        raise ConfigError(f"[backbone] name = '{backbone.name}': is no architecture of timm; {hint}")
+    refusal = ConfigError(
+        f"[backbone] name = '{backbone.name}': is no plain ViT with one class token; take one of vit_*."
+    )
+    if not is_model_in_modules(backbone.name, {"vision_transformer"}):
+        raise refusal
     source = timm.create_model(
         backbone.name, **timm_arguments(backbone, data), num_classes=0, norm_layer=partial(nn.LayerNorm, eps=1e-6)
     )
-    plain = isinstance(source, VisionTransformer) and source.num_prefix_tokens == 1 and source.reg_token is None
-    if not plain or not isinstance(source.norm_pre, nn.Identity):
-        raise ConfigError(f"[backbone] name = '{backbone.name}': is no plain ViT with one class token; take one of vit_*.")
+    if source.num_prefix_tokens != 1 or source.reg_token is not None or not isinstance(source.norm_pre, nn.Identity):
+        raise refusal
     if source.embed_dim % 4:
         raise ConfigError(f"[backbone] name = '{backbone.name}': sine-cosine positions need a width divisible by 4.")
     return ViT(source)

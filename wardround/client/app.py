@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 app = ClientApp()
 
 # An error's kind decides whether its text may cross: those of images and configs name files of the site.
-CODES = {PolicyRefusal: "policy", UpdateError: "training", DataError: "images"}
+CODES: dict[type[Exception], str] = {PolicyRefusal: "policy", UpdateError: "training", DataError: "images"}
 
 
 @app.train()

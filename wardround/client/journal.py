@@ -31,7 +31,9 @@ class Journal:
         """
         newest = max(self._finished(), default=0)
         if round < newest:
-            raise PolicyRefusal(f"round {round} lies behind round {newest}, which is done here; rounds only go forward.")
+            raise PolicyRefusal(
+                f"round {round} lies behind round {newest}, which is done here; rounds only go forward."
+            )
         path = self._round(round) / "update.safetensors"
         if not path.exists():
             return None

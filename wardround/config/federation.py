@@ -26,7 +26,7 @@ class MethodConfig(Strict):
     """The self-supervised method and the head it throws away."""
 
     name: Literal["mae"] = Field(default="mae", description="The SSL method.")
-    mask_ratio: float = Field(default=0.75, gt=0.0, lt=1.0, description="Share of patches that the encoder never sees.")
+    mask_ratio: float = Field(default=0.75, gt=0.0, lt=1.0, description="Share of patches the encoder never sees.")
     decoder_dim: int = Field(default=96, ge=16, le=2048, description="Width of the MAE decoder.")
     decoder_depth: int = Field(default=2, ge=1, le=16, description="Number of blocks of the MAE decoder.")
     decoder_heads: int = Field(default=3, ge=1, le=32, description="Attention heads of the MAE decoder.")
@@ -37,7 +37,9 @@ class MethodConfig(Strict):
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> Self:
         if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
-            raise ValueError(f"decoder_dim = {self.decoder_dim}: expected a multiple of 4 and of decoder_heads = {self.decoder_heads}")
+            raise ValueError(
+                f"decoder_dim = {self.decoder_dim}: expected a multiple of 4 and of decoder_heads = {self.decoder_heads}"
+            )
         return self
 
 
@@ -62,9 +64,13 @@ class ViewsConfig(Strict):
 class CriteriaConfig(Strict):
     """Which images take part; what a file does not say excludes it only where it is asked for."""
 
-    modality: tuple[str, ...] = Field(default=(), description="DICOM Modality codes, such as CR or DX; empty takes all.")
+    modality: tuple[str, ...] = Field(
+        default=(), description="DICOM Modality codes, such as CR or DX; empty takes all."
+    )
     body_part: tuple[str, ...] = Field(default=(), description="DICOM BodyPartExamined values; empty takes all.")
-    view: tuple[str, ...] = Field(default=(), description="DICOM ViewPosition values, such as PA or AP; empty takes all.")
+    view: tuple[str, ...] = Field(
+        default=(), description="DICOM ViewPosition values, such as PA or AP; empty takes all."
+    )
     date_from: date | None = Field(default=None, description="First StudyDate that counts (YYYY-MM-DD).")
     date_to: date | None = Field(default=None, description="Last StudyDate that counts (YYYY-MM-DD).")
     min_side: int = Field(default=16, ge=1, le=8192, description="Smallest height and width in pixels.")
@@ -81,10 +87,13 @@ class DataConfig(Strict):
     convert_channels: bool = Field(
         default=False, description="Convert grey to colour and back; without it another channel count is refused."
     )
-    mean: tuple[float, ...] = Field(default=(0.5,), description="A channel's mean on [0, 1]: declared, never measured at a site.")
+    mean: tuple[float, ...] = Field(
+        default=(0.5,), description="A channel's mean on [0, 1]: declared, never measured at a site."
+    )
     std: tuple[float, ...] = Field(default=(0.25,), description="A channel's standard deviation on [0, 1], declared.")
     window: tuple[float, float] | None = Field(
-        default=None, description="Centre and width, in the modality's own units, for every image; else the file's own window."
+        default=None,
+        description="Centre and width, in the modality's own units, for every image; else the file's own window.",
     )
     slice_stride: int = Field(
         default=1, ge=1, le=1000, description="Of multi-frame files and volumes, take every n-th frame or slice."
@@ -143,9 +152,11 @@ class AggregationConfig(Strict):
 
     weights: Literal["images", "declared", "uniform"] = Field(
         default="images",
-        description="images: by the distinct images a site indexed. declared: by [membership] weights. uniform: all alike.",
+        description="images: by distinct images indexed. declared: by [membership] weights. uniform: all alike.",
     )
-    learning_rate: float = Field(default=1.0, gt=0.0, le=10.0, description="Server SGD's rate; 1 without momentum is FedAvg.")
+    learning_rate: float = Field(
+        default=1.0, gt=0.0, le=10.0, description="Server SGD's rate; 1 without momentum is FedAvg."
+    )
     momentum: float = Field(default=0.0, ge=0.0, lt=1.0, description="Server SGD's momentum (FedAvgM).")
 
 
@@ -188,16 +199,22 @@ class MembershipConfig(Strict):
     """Who takes part and how long is waited; changes need no new approval."""
 
     sites: dict[Name, float] = Field(
-        default={}, description="The declared weight of each site by name; empty takes whoever connects or is in the data."
+        default={},
+        description="The declared weight of each site by name; empty takes whoever connects or is in the data.",
     )
     min_sites: int | None = Field(
         default=None, ge=1, le=10_000, description="Fewest sites whose updates close a round; unset means all of them."
     )
     wait_seconds: float = Field(
-        default=600.0, gt=0.0, le=86_400.0, description="How long the server waits for the sites to be there, and again for their updates."
+        default=600.0,
+        gt=0.0,
+        le=86_400.0,
+        description="How long the server waits for the sites to be there, and again for their updates.",
     )
     server_names: tuple[str, ...] = Field(
-        default=("localhost", "127.0.0.1"), min_length=1, description="Host names and addresses in the server's certificate."
+        default=("localhost", "127.0.0.1"),
+        min_length=1,
+        description="Host names and addresses in the server's certificate.",
     )
 
     @model_validator(mode="after")
@@ -213,7 +230,9 @@ class MembershipConfig(Strict):
 class EvaluationSetConfig(Strict):
     """Images that the coordinator owns, for pictures and probes."""
 
-    kind: Literal["procedural", "labelled"] = Field(description="procedural: generated phantoms. labelled: a folder with labels.csv.")
+    kind: Literal["procedural", "labelled"] = Field(
+        description="procedural: generated phantoms. labelled: a folder with labels.csv."
+    )
     folder: Path | None = Field(default=None, description="labelled: the folder.")
     count: int = Field(default=64, ge=8, le=100_000, description="procedural: how many images.")
 

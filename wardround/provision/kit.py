@@ -29,8 +29,8 @@ _LOOPBACK = ("localhost", "127.0.0.1")
 def provision(config: FederationConfig, out: Path, sites: Sequence[str], address: str = "localhost:8500") -> None:
     """Write the coordinator's folder and a kit for each site; `address` is what sites connect to.
 
-    Without `sites`, the names of [membership] are taken. Raises ConfigError before anything is
-    written where a name, the address or an existing certificate does not fit.
+    Without `sites`, the names of [membership] are taken. Raises ConfigError where a name, the
+    address or a file that exists does not fit.
     """
     names = _names(config, sites)
     hosts = list(dict.fromkeys([_host(address), *config.membership.server_names, *_LOOPBACK]))
@@ -91,9 +91,7 @@ def _coordinator(name: str, folder: Path, hosts: list[str]) -> bytes:
     """Make what is missing of the coordinator's folder; return the CA certificate."""
     server = folder / "server.crt"
     if server.exists() and (missing := set(hosts) - certificates.names_in(server.read_bytes())):
-        raise ConfigError(
-            f"{server}: is not for {', '.join(sorted(missing))}; move it away, and a new one is issued that sites accept."
-        )
+        raise ConfigError(f"{server}: is not for {', '.join(sorted(missing))}; move it away, and a new one is issued.")
     ca, ca_key = folder / "ca.crt", keys.tls_key(folder / "ca.key")
     if not ca.exists():
         write_file(ca, certificates.authority(name, ca_key))

@@ -14,12 +14,13 @@ import re
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 from wardround.errors import CheckpointError, ConfigError, WardroundError
 from wardround.registry import release
@@ -28,12 +29,14 @@ from wardround.registry.durable import new_folder
 # MLflow reads it when it is imported, and sends usage data otherwise; it takes DO_NOT_TRACK=1 for a no.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
-import mlflow.telemetry  # noqa: E402
-from mlflow.entities import Metric, Param  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
-from mlflow.tracking import MlflowClient  # noqa: E402
-from PIL import Image  # noqa: E402
+import mlflow.telemetry
+import requests
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.tracking import MlflowClient
+from PIL import Image
+from sqlalchemy.exc import SQLAlchemyError
 
 mlflow.telemetry.set_telemetry_client()  # drops the one of an earlier import, by MONAI for instance
 logging.getLogger("mlflow").setLevel(logging.ERROR)  # it reports each table that it creates
@@ -102,9 +105,7 @@ class Store:
                 client.log_text(run.info.run_id, text, name)
             return str(run.info.run_id)
 
-    def log_round(
-        self, run: str, round: int, metrics: Mapping[str, float], pictures: Mapping[str, Path]
-    ) -> None:
+    def log_round(self, run: str, round: int, metrics: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         """Log a round's metrics at step `round`, and its pictures, which MLflow shows by step.
 
         Rounds come in order. A round that is logged already is left as it is, so that a caller who
@@ -128,7 +129,13 @@ class Store:
             client.set_terminated(run, status)
 
     def register(
-        self, folder: Path, name: str, alias: str, run: str | None, tags: Mapping[str, str], metrics: Mapping[str, float]
+        self,
+        folder: Path,
+        name: str,
+        alias: str,
+        run: str | None,
+        tags: Mapping[str, str],
+        metrics: Mapping[str, float],
     ) -> str:
         """Upload a release folder under a name, point the alias at it, and return its version.
 
@@ -151,7 +158,12 @@ class Store:
         with self._talk(PATIENT, create=True) as client:
             version = _version_with(client, name, all_tags[DIGEST])
             if version is None:
-                version = self._new_version(client, folder, name, run, all_tags)
+                model = self._upload(client, folder, name, run, all_tags[DIGEST])
+                if run is not None and metrics:  # MLflow takes a model's metrics by way of a run only
+                    now = int(time.time() * 1000)
+                    points = [Metric(key, float(value), now, 0, model.model_id) for key, value in metrics.items()]
+                    client.log_batch(run, metrics=points)
+                version = self._new_version(client, model, name, run, all_tags)
             client.set_registered_model_alias(name, alias, version)
         return version
 
@@ -172,15 +184,13 @@ class Store:
                     raise CheckpointError(f"{to}: holds other files than '{reference}'. Name a new folder.")
                 return to
             location = client.get_model_version_download_uri(version.name, version.version)
-            if self._database is None and urlsplit(location).scheme in ("", "file"):
-                raise CheckpointError(f"model '{reference}': the server points at this machine's own disk; refused.")
             with new_folder(to) as aside:
                 with self._talk(PATIENT):  # a lost connection is an OSError too, and no fault of the disk
                     get_artifact_repository(location, tracking_uri=self.uri).download_artifacts("", str(aside))
                 found = release.check(aside)
                 release.compare(to, found, expected)
                 if extra := sorted(found.keys() - expected.keys()):
-                    raise CheckpointError(f"model '{reference}': holds '{extra[0]}', which was not registered; refused.")
+                    raise CheckpointError(f"model '{reference}': holds '{extra[0]}', which nobody registered; refused.")
         return to
 
     def models(self) -> list[ModelRow]:
@@ -195,17 +205,17 @@ class Store:
         versions.sort(key=lambda v: (v.name, -int(v.version)))
         return [_row(v, aliases.get((v.name, str(v.version)), [])) for v in versions]
 
-    def _new_version(
-        self, client: MlflowClient, folder: Path, name: str, run: str | None, tags: dict[str, str]
-    ) -> str:
-        """Upload a release and give it the next version of its name."""
+    def _upload(self, client: MlflowClient, folder: Path, name: str, run: str | None, digest: str) -> Any:
+        """Return MLflow's model for a release, its files uploaded; one that an earlier, cut call left is taken up."""
         experiment = self._experiment(client, f"releases/{name}")
-        # What an earlier call uploaded before it was cut off; the upload is done again, over it.
-        found = client.search_logged_models([experiment], f"tags.`{DIGEST}` = '{tags[DIGEST]}'")
-        model = found[0] if found else client.create_logged_model(experiment, name, run, {DIGEST: tags[DIGEST]})
+        found = client.search_logged_models([experiment], f"tags.`{DIGEST}` = '{digest}'")
+        model = found[0] if found else client.create_logged_model(experiment, name, run, {DIGEST: digest})
         client.log_model_artifacts(model.model_id, str(folder))
-        client.finalize_logged_model(model.model_id, "READY")
-        with _unless("RESOURCE_ALREADY_EXISTS"):
+        return client.finalize_logged_model(model.model_id, "READY")
+
+    def _new_version(self, client: MlflowClient, model: Any, name: str, run: str | None, tags: dict[str, str]) -> str:
+        """Give an uploaded model the next version of its name."""
+        if name not in _names(client):
             client.create_registered_model(name)
         made = client.create_model_version(
             name,
@@ -220,15 +230,14 @@ class Store:
 
     def _experiment(self, client: MlflowClient, name: str) -> str:
         """Return the id of an experiment, made if it is not there."""
+        if found := client.get_experiment_by_name(name):
+            if found.lifecycle_stage != "active":
+                raise TrackingError(f"MLflow at {self._shown}: the experiment '{name}' is deleted; restore it there.")
+            return str(found.experiment_id)
         location = None
         if self._database is not None:  # else MLflow writes artifacts to wherever the command was started
             location = (self._database.parent / "mlartifacts" / name).as_uri()
-        with _unless("RESOURCE_ALREADY_EXISTS"):
-            return str(client.create_experiment(name, artifact_location=location))
-        found = client.get_experiment_by_name(name)
-        if found is None or found.lifecycle_stage != "active":
-            raise TrackingError(f"MLflow at {self._shown}: the experiment '{name}' is deleted; restore it there.")
-        return str(found.experiment_id)
+        return str(client.create_experiment(name, artifact_location=location))
 
     @contextlib.contextmanager
     def _talk(self, patience: tuple[int, int], create: bool = False) -> Iterator[MlflowClient]:
@@ -244,9 +253,106 @@ class Store:
         before = {key: os.environ.get(key) for key in settings}
         os.environ.update(settings)
         try:
-            yield MlflowClient(self.uri, self.uri)
-        except (MlflowException, OSError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # MLflow's own use of SQLAlchemy
+                yield MlflowClient(self.uri, self.uri)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             raise TrackingError(f"MLflow at {self._shown}: {_reason(error)}") from error
         finally:
             for key, value in before.items():
                 os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def _database(uri: str) -> Path:
+    """Return the SQLite file that a URI or a path means. Raises ConfigError."""
+    text = unquote(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else uri
+    if "://" in text or set(text) & set("?%"):  # SQLAlchemy would read options and escapes into a path
+        shown = re.sub(r"//[^/@]*@", "//", uri)
+        raise ConfigError(
+            f"MLflow address '{shown}': expected http(s)://HOST:PORT, sqlite:///FILE or a path without '?' and '%'."
+        )
+    path = Path(text).expanduser().absolute()
+    return path / "mlflow.db" if path.is_dir() else path
+
+
+def _check_database(path: Path, create: bool) -> None:
+    """Raise TrackingError for a file that cannot be opened: MLflow would try it again for minutes."""
+    try:
+        if path.exists():
+            with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+                connection.execute("PRAGMA schema_version")
+        elif create:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            raise TrackingError(f"MLflow at {path}: there is no such file. Name the one that the federation wrote.")
+    except (OSError, sqlite3.Error) as error:
+        raise TrackingError(f"MLflow at {path}: cannot be opened: {error}. Name another file.") from error
+
+
+def _version_with(client: MlflowClient, name: str, digest: str) -> str | None:
+    """Return the version of a name that holds these files, if there is one."""
+    versions = _all_pages(client.search_model_versions, f"name = '{name}'")
+    return next((str(v.version) for v in versions if v.tags.get(DIGEST) == digest), None)
+
+
+def _resolve(client: MlflowClient, reference: str) -> Any:
+    """Return MLflow's model version for `NAME@alias` or `NAME/version`. Raises ConfigError, with the nearest names."""
+    parts = _REFERENCE.fullmatch(reference.removeprefix("models:/"))
+    if parts is None:
+        raise ConfigError(f"model '{reference}': expected NAME@alias or NAME/version; 'wardround models' lists them.")
+    name, alias, version = parts.groups()
+    if name not in (names := _names(client)):
+        raise ConfigError(f"model '{reference}': there is no '{name}'; {_nearest(name, names)}.")
+    versions = {str(v.version): v for v in _all_pages(client.search_model_versions, f"name = '{name}'")}
+    if alias is not None:
+        aliases = client.get_registered_model(name).aliases
+        if alias not in aliases:
+            raise ConfigError(f"model '{reference}': '{name}' has no alias '{alias}'; {_nearest(alias, aliases)}.")
+        version = str(aliases[alias])
+    if version not in versions:
+        raise ConfigError(f"model '{reference}': '{name}' has no version {version}; known: {', '.join(versions)}.")
+    return versions[version]
+
+
+def _nearest(wanted: str, known: Collection[str]) -> str:
+    """Return what to type instead."""
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5) or sorted(known)[:10]
+    return f"the nearest are: {', '.join(near)}" if near else "there are none yet"
+
+
+def _names(client: MlflowClient) -> set[str]:
+    """Return every registered name."""
+    return {model.name for model in _all_pages(client.search_registered_models)}
+
+
+def _all_pages(search: Callable[..., Any], where: str | None = None) -> Iterator[Any]:
+    """Give what a search finds, page by page."""
+    token = None
+    while True:
+        page = search(where, page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
+def _row(version: Any, aliases: list[str]) -> ModelRow:
+    """Return a model version as a row."""
+    metrics = {key.removeprefix(METRIC): float(value) for key, value in version.tags.items() if key.startswith(METRIC)}
+    round = version.tags.get("wardround.round")
+    return ModelRow(
+        name=version.name,
+        version=str(version.version),
+        aliases=tuple(sorted(aliases)),
+        when=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+        round=int(round) if round is not None else None,
+        digest=version.tags[DIGEST],
+        metrics=metrics,
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why MLflow did not do what was asked, and the remedy."""
+    chain = (error, error.__cause__, error.__context__)
+    if any(isinstance(cause, requests.ConnectionError | requests.Timeout) for cause in chain):
+        return "does not answer. Start it, or correct the address."
+    return " ".join(str(error).split())[:300]

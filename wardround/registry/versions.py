@@ -10,7 +10,11 @@ PACKAGES = ("wardround", "torch", "timm", "flwr", "numpy", "safetensors")
 
 def versions() -> dict[str, str]:
     """Return the versions that bit-equality depends on, the processor and the thread count."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    found = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -1,6 +1,7 @@
 """Folding updates into a state: pure functions, one tensor in memory at a time."""
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 
 import numpy as np
 
@@ -20,7 +21,9 @@ def weighted_mean(read: Read, weights: Mapping[str, float], name: str) -> Array:
     array([3.])
     """
     total = sum(weights[site] for site in sorted(weights))
-    mean: Array = sum((read(site, name).astype(np.float64) * (weights[site] / total) for site in sorted(weights)), np.float64(0))
+    mean: Array = reduce(
+        np.add, (read(site, name).astype(np.float64) * (weights[site] / total) for site in sorted(weights))
+    )
     return mean
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from wardround.server.tracking import Tracking
 from wardround.server.rounds import run_rounds
 from wardround.server.run_folder import RunFolder, open_run
+from wardround.server.tracking import Tracking
 from wardround.update import Refusal, Task
 from wardround.wire import message_to_answer, task_to_records
 
@@ -25,9 +25,9 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation of a run folder to its end, record it and register its backbone."""
     run = open_run(Path(str(context.run_config["run-folder"])))
     fleet = Fleet(grid, run)
-    with Tracking(run) as tracking:
-        run_rounds(run, fleet.ask, tracking.committed)
-        tracking.register()
+    tracking = Tracking(run)
+    run_rounds(run, fleet.ask, tracking.committed)
+    tracking.register()
 
 
 class Fleet:
@@ -44,7 +44,9 @@ class Fleet:
         for site in sorted(tasks.keys() - nodes.keys()):
             yield site, Refusal("silent", f"was not connected after {self.patience:.0f} s")
         messages = [
-            Message(task_to_records(tasks[site]), dst_node_id=node, message_type="train", group_id=str(tasks[site].round))
+            Message(
+                task_to_records(tasks[site]), dst_node_id=node, message_type="train", group_id=str(tasks[site].round)
+            )
             for site, node in nodes.items()
         ]
         waiting = dict(zip(self.grid.push_messages(messages), nodes, strict=True))
@@ -64,7 +66,11 @@ class Fleet:
         deadline = time.monotonic() + self.patience
         said = 0.0
         while True:
-            online = {self.sites[node.public_key]: node.node_id for node in self.grid.get_nodes() if node.public_key in self.sites}
+            online = {
+                self.sites[node.public_key]: node.node_id
+                for node in self.grid.get_nodes()
+                if node.public_key in self.sites
+            }
             nodes = {site: online[site] for site in sorted(sites) if site in online}
             left = deadline - time.monotonic()
             if len(nodes) == len(sites) or left <= 0:

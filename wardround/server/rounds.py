@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from tqdm import tqdm
+
 from wardround.errors import UpdateError
 from wardround.registry import checkpoint
 from wardround.registry.checkpoint import Checkpoint
+from wardround.registry.versions import versions
 from wardround.server import cohort
 from wardround.server.aggregate import fold
 from wardround.server.run_folder import RunFolder
@@ -28,7 +31,8 @@ def run_rounds(run: RunFolder, ask: Ask, committed: Callable[[int], None]) -> No
     """Train until the last round is committed; `committed` is called after each commit."""
     done = run.committed()[-1]
     last = run.checkpoint(done)
-    for number in range(done + 1, run.config.training.rounds + 1):
+    todo = range(done + 1, run.config.training.rounds + 1)
+    for number in tqdm(todo, "rounds", initial=done, total=run.config.training.rounds, unit="round", disable=None):
         last = run_round(run, last, number, ask)
         committed(number)
 
@@ -70,8 +74,8 @@ def collect(run: RunFolder, last: Checkpoint, spool: Spool, number: int, ask: As
     if arrived < needed:
         reasons = "; ".join(f"'{site}' {refused[site].code}: {refused[site].text}" for site in sorted(refused))
         raise UpdateError(
-            f"round {number}: {arrived} of {len(asked)} sites gave an update, {needed} are needed. {reasons.rstrip('.')}. "
-            "What arrived is kept; start the same command again to ask the others anew."
+            f"round {number}: {arrived} of {len(asked)} sites gave an update, {needed} are needed. "
+            f"{reasons.rstrip('.')}. What arrived is kept; start the same command again to ask the others anew."
         )
     return spool.close(refused)
 
@@ -116,4 +120,5 @@ def _record(
         "bytes_sent": sum(array.nbytes for array in last.state.values()) * len(closed.updates),
         "seconds": seconds,
         "parent": state_hash(last.state),
+        "versions": versions(),
     }

@@ -1,10 +1,10 @@
 """The run folder: one federation's whole life on the coordinator's disk.
 
-    federation.json    the config as resolved          rounds/00000/checkpoint/   the initial state
-    protocol.json      what the sites approved         rounds/00001/cohort.json   who was asked
-    members.json       site name -> public key         rounds/00001/updates/      what has come in
-    run.json           where it is tracked             rounds/00001/closed.json   who counts
-                                                       rounds/00001/checkpoint/   the commit
+federation.json    the config as resolved          rounds/00000/checkpoint/   the initial state
+protocol.json      what the sites approved         rounds/00001/cohort.json   who was asked
+members.json       site name -> public key         rounds/00001/updates/      what has come in
+run.json           where it is tracked             rounds/00001/closed.json   who counts
+                                                   rounds/00001/checkpoint/   the commit
 """
 
 import json
@@ -18,6 +18,9 @@ from wardround.plan import Plan
 from wardround.registry import checkpoint
 from wardround.registry.checkpoint import Checkpoint
 from wardround.registry.durable import write_file
+
+# What may lie in a folder before it is a whole run: a start that was cut off, or the sites of one process.
+OURS = {"federation.json", "members.json", "run.json", "rounds", "sites", "hospitals"}
 
 
 @dataclass(frozen=True)
@@ -60,27 +63,32 @@ class RunFolder:
         return record
 
 
+def check_owner(path: Path, plan: Plan) -> None:
+    """Raise CheckpointError where a folder holds the run of another config, or something else."""
+    if (path / "protocol.json").exists():
+        found = _read(path / "protocol.json")
+        if parse(found, Protocol, str(path / "protocol.json")).digest() != plan.digest:
+            difference = _first_difference(found, plan.protocol.model_dump(mode="json"))
+            raise CheckpointError(
+                f"run folder {path}: belongs to another config ({difference}). "
+                "Give another --out, or the config it began with."
+            )
+    elif path.exists() and any(child.name not in OURS for child in path.iterdir()):
+        raise CheckpointError(f"run folder {path}: is not empty and no run of Wardround; give another --out.")
+
+
 def create(path: Path, plan: Plan, members: dict[str, str], tracking: str) -> RunFolder:
     """Return the run folder of a plan, made if it is not there.
 
     Raises CheckpointError where the folder belongs to another config. Members and tracking may change.
     """
-    digest = plan.digest
-    if (path / "protocol.json").exists():
-        found = _read(path / "protocol.json")
-        if parse(found, Protocol, str(path / "protocol.json")).digest() != digest:
-            raise CheckpointError(
-                f"run folder {path}: belongs to another config ({_first_difference(found, plan.protocol.model_dump(mode='json'))}). "
-                "Give another --out, or the config it began with."
-            )
-    elif path.exists() and any(path.iterdir()) and not (path / "rounds").exists() and not (path / "sites").exists():
-        raise CheckpointError(f"run folder {path}: is not empty and no run of Wardround; give another --out.")
+    check_owner(path, plan)
     run = RunFolder(path, plan.config, plan.protocol, members, tracking)
     write_file(path / "members.json", json.dumps(members, indent=2).encode())
     write_file(path / "run.json", json.dumps({"tracking": tracking}).encode())
     write_file(path / "federation.json", plan.config.model_dump_json(indent=2).encode())
     if 0 not in run.committed():
-        checkpoint.write(run.round(0) / "checkpoint", Checkpoint(0, digest, plan.state, {}, {}))
+        checkpoint.write(run.round(0) / "checkpoint", Checkpoint(0, plan.digest, plan.state, {}, {}))
     # Last: a folder with a protocol is a whole one.
     write_file(path / "protocol.json", plan.protocol.model_dump_json(indent=2).encode())
     return run
@@ -89,7 +97,9 @@ def create(path: Path, plan: Plan, members: dict[str, str], tracking: str) -> Ru
 def open_run(path: Path) -> RunFolder:
     """Return the run folder at a path. Raises CheckpointError where there is none."""
     if not (path / "protocol.json").exists():
-        raise CheckpointError(f"{path}: is no run folder (it has no protocol.json); give the --out of an earlier command.")
+        raise CheckpointError(
+            f"{path}: is no run folder (it has no protocol.json); give the --out of an earlier command."
+        )
     return RunFolder(
         path,
         parse(_read(path / "federation.json"), FederationConfig, str(path / "federation.json")),

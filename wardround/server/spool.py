@@ -94,7 +94,7 @@ class Spool:
             files[site] = safe_open(path, framework="numpy")
 
         def read(site: str, name: str) -> Array:
-            array: Array = files[site].get_tensor(name)
+            array: Array = files[site].get_tensor(name)  # type: ignore[no-untyped-call]
             return array
 
         yield read

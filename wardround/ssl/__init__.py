@@ -7,7 +7,7 @@ import torch
 
 from wardround.config.federation import Recipe
 from wardround.ssl.mae import MAE
-from wardround.ssl.pretrain import Method
+from wardround.ssl.method import Method
 from wardround.update import State
 
 METHODS: dict[str, Callable[[Recipe], Method]] = {"mae": MAE}
@@ -28,7 +28,6 @@ def get_state(method: Method) -> State:
 def set_state(method: Method, state: State) -> None:
     """Load what travels into the module, in place; names and shapes are those of `get_state`."""
     method.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
-
 
 
 __all__ = ["METHODS", "Method", "build", "get_state", "set_state"]

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from wardround.backbones import Token, ViT, build, initialise, sincos_positions
 from wardround.config.federation import MethodConfig, Recipe
+from wardround.ssl.method import Method
 from wardround.ssl.views import augment, normalise
 
 
-class MAE(nn.Module):
+class MAE(Method):
     """Backbone and head of masked autoencoding; its loss is one number an image."""
 
+    backbone: ViT
+    head: "Decoder"
     coupled = False  # an image's loss depends on no other image of the batch
 
     def __init__(self, recipe: Recipe) -> None:
@@ -30,7 +33,7 @@ class MAE(nn.Module):
         views = normalise(augment(images, self.recipe.views, generator), self.recipe.data)
         return views, random_order(len(images), self.head.tokens, generator).to(images.device)
 
-    def forward(self, views: Tensor, order: Tensor) -> Tensor:
+    def forward(self, views: Tensor, order: Tensor) -> Tensor:  # type: ignore[override]  # its own inputs, by name
         """Return each image's mean squared error over its hidden patches: [B]."""
         return self.errors(patchify(views, self.backbone.patch), self.predict(views, order), order)
 

@@ -5,9 +5,8 @@ joint gradient; a private engine samples, clips and adds noise by its own rules,
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,29 +18,8 @@ from tqdm import tqdm
 from wardround.config.federation import Recipe, TrainingConfig
 from wardround.errors import UpdateError
 from wardround.ssl.draws import generator
+from wardround.ssl.method import Method
 from wardround.update import State
-
-
-class Method(Protocol):
-    """A method's module: `backbone` is kept, `head` is thrown away, the state is both."""
-
-    coupled: bool  # whether an image's loss depends on the rest of its batch, as resolved
-    backbone: nn.Module
-    head: nn.Module
-
-    def prepare(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Return the inputs of the forward pass, all randomness in them, rows first."""
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Return the loss of each row, [B]; or, where coupled, of the batch, []."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-    def state_dict(self) -> dict[str, Tensor]: ...
-    def load_state_dict(self, state: dict[str, Tensor]) -> Any: ...
-    def to(self, device: torch.device) -> "Method": ...
-    def train(self) -> Any: ...
-    def eval(self) -> Any: ...
 
 
 class Engine(Protocol):
@@ -80,13 +58,13 @@ class Plain:
         """Return which images a step takes: every image once an epoch, epochs back to back."""
         size, count = self.recipe.training.batch_size, len(self.images)
         places = np.arange(step * size, (step + 1) * size)
-        return np.array([self._order(place // count)[place % count] for place in places])
+        return np.array([self._order(place // count)[place % count] for place in places.tolist()])
 
     def gradients(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Back-propagate the mean loss and clip the joint gradient."""
         training = self.recipe.training
         with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
-            loss = self.method(*batch).mean()
+            loss: Tensor = self.method(*batch).mean()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature lacks types
         if training.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.method.parameters(), training.clip_norm)

@@ -43,5 +43,12 @@ def _affine(batch: int, views: ViewsConfig, generator: torch.Generator) -> Tenso
     flip_y = 1.0 - 2.0 * (uniform[:, 5] < 0.5).float() * views.vertical_flip
     angle = (uniform[:, 6] * 2 - 1) * math.radians(views.rotation)
     cos, sin = angle.cos(), angle.sin()
-    rows = [width * flip_x * cos, -width * flip_y * sin, centre_x, height * flip_x * sin, height * flip_y * cos, centre_y]
+    rows = [
+        width * flip_x * cos,
+        -width * flip_y * sin,
+        centre_x,
+        height * flip_x * sin,
+        height * flip_y * cos,
+        centre_y,
+    ]
     return torch.stack(rows, dim=1).view(batch, 2, 3)

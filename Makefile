@@ -1,0 +1,43 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each does all of its own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-fast lint setup lock clean
+
+demo: setup
+	$(BIN)/wardround demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup: $(READY)
+
+# Bytecode is compiled here, not at the first import, which would take a minute.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "Wardround needs Python 3.11 to 3.13, found $$($(PYTHON) --version): call make with PYTHON=python3.12, say."; exit 2; }
+	@echo "Setting up $(VENV): about 6.5 GB, a minute or more."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The lock has hashes and no addresses, so that it serves behind any mirror.
+lock:
+	$(BIN)/uv pip compile --no-config --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
+	  --no-header --python-version 3.11 --all-extras --upgrade pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) runs

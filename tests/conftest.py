@@ -1,0 +1,92 @@
+"""What tests share: a tiny federation, and the real images where they lie beside the checkout."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wardround.config import FederationConfig, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+# Two workers on two cores: a thread each. Bit-equality tests compare runs with the same count.
+torch.set_num_threads(1)
+
+TINY: dict[str, Any] = {
+    "format": 1,
+    "name": "tiny",
+    "seed": 3,
+    "backbone": {"patch_size": 8, "depth": 1},
+    "method": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "data": {"image_size": 16},
+    "training": {"rounds": 2, "local_steps": 3, "batch_size": 4},
+}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a nested dictionary with some of its values changed."""
+    out = dict(base)
+    for key, value in changes.items():
+        out[key] = merged(out.get(key, {}), value) if isinstance(value, dict) else value
+    return out
+
+
+def tiny(**changes: Any) -> FederationConfig:
+    """Return a federation that trains in a moment."""
+    return parse(merged(TINY, changes), FederationConfig, "tiny")
+
+
+def to_toml(tree: dict[str, Any], section: str = "") -> str:
+    """Return a nested dictionary of plain values as TOML."""
+    import json
+
+    lines = [f"{key} = {json.dumps(value)}" for key, value in tree.items() if not isinstance(value, dict)]
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            name = f"{section}{key}"
+            lines.append(f"\n[{name}]\n{to_toml(value, f'{name}.')}")
+    return "\n".join(lines) + "\n"
+
+
+def write_labelled(
+    folder: Path, sites: dict[str, int], size: int = 20, channels: int = 1, classes: tuple[str, ...] = ("a", "b")
+) -> Path:
+    """Write a labelled folder of random images: so many a site, two images a patient, splits by patient."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for site, count in sites.items():
+        for number in range(count):
+            label = classes[(number // 2) % len(classes)]
+            pixels = draw.integers(0, 256, (size, size) if channels == 1 else (size, size, channels), dtype=np.uint8)
+            name = f"images/{site}-{number}.png"
+            (folder / "images").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / name)
+            split = ("train", "train", "train", "val", "test")[(number // 2) % 5]
+            rows.append((name, label, f"{site}-p{number // 2}", site, split))
+    with (folder / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file", "label", "patient", "site", "split"), *rows])
+    return folder
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Return a labelled folder of two sites."""
+    return write_labelled(tmp_path / "data", {"lyon": 20, "oslo": 30})
+
+
+@pytest.fixture
+def shared_data() -> Callable[[str], Path]:
+    """Return a function that gives a folder of real images, or skips the test."""
+
+    def find(name: str) -> Path:
+        if not (SHARED / name).is_dir():
+            pytest.skip(f"the real images of shared/data/{name} are not beside this checkout")
+        return SHARED / name
+
+    return find

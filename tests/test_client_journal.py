@@ -1,0 +1,75 @@
+"""The site's journal: a round is done once, memory follows what was folded, and the limit holds."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wardround.client.journal import Journal
+from wardround.errors import PolicyRefusal
+from wardround.update import Declared, State, Update
+
+DECLARED = Declared(3, 2, 1, 0.5, 0.25, 1.5, "0.1.0")
+
+
+def block(round: int, state: str = "s") -> bytes:
+    return Update("lyon", "d", round, state, DECLARED, {"w": np.full(2, round, np.float32)}).to_bytes()
+
+
+def memory(round: int) -> State:
+    return {"m": np.full(2, round, np.float32)}
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path, "d" * 64, 2)
+
+
+def test_a_finished_round_is_replayed_byte_for_byte_from_the_same_state_only(journal: Journal) -> None:
+    assert journal.replay(1, "s") is None
+    journal.finish(1, block(1), memory(1))
+    assert journal.replay(1, "s") == block(1)
+    assert journal.replay(1, "another") is None
+
+
+def test_rounds_only_go_forward(journal: Journal) -> None:
+    journal.finish(2, block(2), memory(2))
+    with pytest.raises(PolicyRefusal, match="round 1 lies behind round 2"):
+        journal.replay(1, "s")
+
+
+def test_a_round_is_trained_no_oftener_than_the_site_allows(journal: Journal) -> None:
+    journal.begin(1)
+    journal.begin(1)
+    with pytest.raises(PolicyRefusal, match="round 1 was trained 2 times already"):
+        journal.begin(1)
+    journal.begin(2)
+
+
+def test_two_rounds_of_memory_are_kept(journal: Journal) -> None:
+    for round in (1, 2, 3):
+        journal.begin(round)
+        journal.finish(round, block(round), memory(round))
+    assert journal.memory(0) == {}
+    assert journal.memory(1) is None
+    assert [journal.memory(round)["m"][0] for round in (2, 3)] == [2.0, 3.0]  # type: ignore[index]
+
+
+def test_a_damaged_update_is_not_replayed(journal: Journal) -> None:
+    journal.finish(1, block(1), memory(1))
+    path = next(journal.folder.glob("*/update.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert journal.replay(1, "s") is None
+
+
+def test_memory_that_was_cut_counts_as_lost(journal: Journal) -> None:
+    journal.finish(1, block(1), memory(1))
+    path = next(journal.folder.glob("*/memory.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert journal.memory(1) is None
+
+
+def test_what_the_journal_writes_is_for_the_site_alone(journal: Journal) -> None:
+    journal.begin(1)
+    journal.finish(1, block(1), memory(1))
+    assert {path.stat().st_mode & 0o777 for path in journal.folder.rglob("*.*") if path.is_file()} == {0o600}

@@ -1,0 +1,102 @@
+"""Configs: what is refused, in which words, and what the protocol digest covers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TINY, merged, tiny, to_toml
+from pydantic.fields import FieldInfo
+
+from wardround.config import FederationConfig, SiteConfig, Strict, parse, read_toml
+from wardround.config.strict import _model_in
+from wardround.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"traning": {}}, "unknown key 'traning'; did you mean 'training'?"),
+        ({"training": {"learnig_rate": 0.1}}, "[training] unknown key 'learnig_rate'; did you mean 'learning_rate'?"),
+        (
+            {"data": {"criteria": {"modalty": ["CR"]}}},
+            "[data.criteria] unknown key 'modalty'; did you mean 'modality'?",
+        ),
+        ({"training": {"rounds": 0}}, "[training] rounds = 0: input should be greater than or equal to 1"),
+        ({"method": {"mask_ratio": 1.0}}, "[method] mask_ratio = 1.0: input should be less than 1"),
+        ({"seed": "3"}, 'seed = "3": input should be a valid integer'),
+        ({"format": 2}, "is of format 2; this Wardround reads format 1. Use the release that wrote it"),
+        ({"data": {"channels": 3}}, "[data] mean has 1 values for channels = 3; give one a channel"),
+        ({"training": {"warmup_steps": 99}}, "[training] warmup_steps = 99: the federation has only 6 steps; lower it"),
+        ({"views": {"crop_scale": [0.9, 0.1]}}, "[views] crop_scale = [0.9, 0.1]: expected 0 < smallest <= largest"),
+        ({"method": {"decoder_heads": 3}}, "[method] decoder_dim = 16: expected a multiple of 4 and of decoder_heads"),
+        ({"privacy": {"unit": "patient"}}, "[privacy] unit = \"patient\": input should be 'none'"),
+        (
+            {"membership": {"sites": {"../x": 1.0}}},
+            '[membership.sites.../x] [key] = "../x": string should match pattern',
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line_that_names_it(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(merged(TINY, change), FederationConfig, "x.toml")
+    assert str(caught.value).startswith(f"x.toml: {words}")
+    assert "\n" not in str(caught.value)
+
+
+def test_several_problems_are_counted() -> None:
+    with pytest.raises(ConfigError, match=r"\(1 more\)"):
+        parse(merged(TINY, {"seed": -1, "training": {"rounds": 0}}), FederationConfig, "x.toml")
+
+
+def test_a_file_that_is_missing_or_no_toml_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_toml(tmp_path / "absent.toml", FederationConfig)
+    (tmp_path / "x.toml").write_text("a = = 1")
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        read_toml(tmp_path / "x.toml", FederationConfig)
+
+
+def test_the_digest_covers_what_a_site_computes_and_nothing_else() -> None:
+    base = tiny().protocol("0" * 64).digest()
+    assert tiny(membership={"wait_seconds": 5.0}).protocol("0" * 64).digest() == base
+    assert tiny(evaluation_set={"kind": "procedural"}).protocol("0" * 64).digest() == base
+    for change in (
+        {"seed": 4},
+        {"training": {"local_steps": 4}},
+        {"aggregation": {"momentum": 0.5}},
+        {"name": "other"},
+    ):
+        assert tiny(**change).protocol("0" * 64).digest() != base
+    assert tiny().protocol("1" * 64).digest() != base
+
+
+def test_toml_and_python_values_give_one_digest(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(to_toml(TINY))
+    assert (
+        read_toml(tmp_path / "x.toml", FederationConfig).protocol("0" * 64).digest()
+        == tiny().protocol("0" * 64).digest()
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "federation_configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_config_of_the_repository_loads(path: Path) -> None:
+    read_toml(path, FederationConfig)
+
+
+def fields_below(model: type[Strict]) -> list[tuple[str, FieldInfo]]:
+    found = []
+    for name, field in model.model_fields.items():
+        found.append((f"{model.__name__}.{name}", field))
+        inner = _model_in(field.annotation)
+        if inner is not None:
+            found += fields_below(inner)
+    return found
+
+
+@pytest.mark.parametrize("model", [FederationConfig, SiteConfig])
+def test_every_key_has_a_sentence_of_help_and_every_number_a_range(model: type[Strict]) -> None:
+    for name, field in fields_below(model):
+        assert field.description, name
+        assert field.description.endswith("."), name
+        if field.annotation in (int, float, int | None, float | None):
+            assert field.metadata, f"{name} has no range"

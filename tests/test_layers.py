@@ -1,0 +1,49 @@
+"""The architecture's promises: doors to frameworks, and a training core that runs without flwr and mlflow."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+DOORS = {
+    "flwr": {"wire.py", "simulate.py", "server/app.py", "client/app.py"},
+    "mlflow": {"registry/mlflow_store.py"},
+    "lightly": {"ssl/"},
+    "opacus": {"privacy/"},
+    "pydicom": {"data/"},
+    "nibabel": {"data/"},
+    "timm": {"backbones/", "downstream/", "ssl/mae.py"},
+    "sklearn": {"probe/"},
+    "matplotlib": {"report/"},
+}
+
+
+def imported(source: str) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("framework", DOORS)
+def test_each_framework_stands_behind_one_door(framework: str) -> None:
+    package = ROOT / "wardround"
+    users = {
+        path.relative_to(package).as_posix() for path in package.rglob("*.py") if framework in imported(path.read_text())
+    }
+    assert all(any(user.startswith(door) for door in DOORS[framework]) for user in users), users
+
+
+def test_the_training_core_imports_neither_flwr_nor_mlflow() -> None:
+    code = """
+import sys
+for name in ("flwr", "mlflow", "monai", "opacus"):
+    sys.modules[name] = None
+import wardround.data, wardround.backbones, wardround.ssl, wardround.plan, wardround.client.local_round
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

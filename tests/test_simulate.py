@@ -1,0 +1,182 @@
+"""A federation in one process, on files: its end, its resumption after kill -9, and what stops it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, merged, tiny, to_toml, write_labelled
+
+from wardround.errors import DataError
+from wardround.server.run_folder import RunFolder, open_run
+from wardround.simulate import simulate
+from wardround.update import state_hash
+
+TINY_KEPT = {"training": {"optimiser_state": "kept"}, "evaluation_set": {"kind": "procedural", "count": 8}}
+
+
+def final(run: RunFolder) -> str:
+    return state_hash(run.checkpoint(run.committed()[-1]).state)
+
+
+def store(folder: Path) -> str:
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_labelled(tmp_path_factory.mktemp("labelled"), {"lyon": 20, "oslo": 30})
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Return a run that nobody cut."""
+    folder = tmp_path_factory.mktemp("whole")
+    return simulate(tiny(**TINY_KEPT), data, folder / "run", store(folder), threads=1)
+
+
+def test_every_round_is_committed_with_each_sites_figures(whole: RunFolder) -> None:
+    assert whole.committed() == [0, 1, 2]
+    sites = whole.record(2)["sites"]
+    assert {site: figures["images"] for site, figures in sites.items()} == {"lyon": 12, "oslo": 18}
+    assert sites["lyon"]["weight"] == pytest.approx(12 / 30)
+    assert whole.record(2)["versions"].keys() >= {"torch", "timm", "flwr", "python"}
+
+
+def test_the_same_seed_gives_the_same_bits(whole: RunFolder, data: Path, tmp_path: Path) -> None:
+    again = simulate(tiny(**TINY_KEPT), data, tmp_path / "run", store(tmp_path), threads=1)
+    assert final(again) == final(whole)
+    other = simulate(tiny(**TINY_KEPT, seed=9), data, tmp_path / "other", store(tmp_path), threads=1)
+    assert final(other) != final(whole)
+
+
+def test_a_finished_run_started_again_trains_nothing(whole: RunFolder, data: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (whole.path / "rounds").rglob("*")}
+    simulate(whole.config, data, whole.path, whole.tracking, threads=1)
+    assert {path: path.stat().st_mtime_ns for path in (whole.path / "rounds").rglob("*")} == before
+
+
+def test_each_round_has_a_picture_of_the_coordinators_own_images(whole: RunFolder) -> None:
+    assert [path.name for path in sorted((whole.path / "pictures").iterdir())] == ["round-00001.png", "round-00002.png"]
+    assert (whole.path / "losses.png").stat().st_size > 1000
+
+
+# Where the process kills itself: the function whose call is its last. The run then starts again from disk.
+KILLS = {
+    "while updates arrive": "wardround.server.spool.Spool.add",
+    "while a site trains": "wardround.client.local_round.pretrain",
+    "between closing and commit": "wardround.server.rounds.fold",
+    "while the checkpoint is written": "wardround.registry.checkpoint.write_file",
+    "between commit and the MLflow record": "wardround.server.tracking.Tracking.committed",
+}
+KILLER = """
+import os, pkgutil, signal, sys
+owner, name = sys.argv.pop(1).rsplit(".", 1)
+calls = int(sys.argv.pop(1))
+owner = pkgutil.resolve_name(owner)
+real = getattr(owner, name)
+def deadly(*arguments, **named):
+    global calls
+    calls -= 1
+    if calls == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **named)
+setattr(owner, name, deadly)
+from wardround.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("where", KILLS)
+def test_killed_and_started_again_it_ends_bit_equal(where: str, whole: RunFolder, data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "tiny.toml"
+    config.write_text(to_toml(merged(TINY, TINY_KEPT)))
+    command = ["simulate", str(config), "--data", str(data), "--out", str(tmp_path / "run")]
+    command += ["--tracking", store(tmp_path), "--threads", "1"]
+    killed = subprocess.run([sys.executable, "-c", KILLER, KILLS[where], "2", *command], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert open_run(tmp_path / "run").committed()[-1] < 2 or where.startswith("between commit and")
+    subprocess.run([sys.executable, "-m", "wardround.cli", *command], cwd=ROOT, check=True)
+    run = open_run(tmp_path / "run")
+    assert final(run) == final(whole)
+    assert all((run.round(number) / "logged.json").exists() for number in (1, 2))
+
+
+def test_ctrl_c_says_how_to_go_on_and_loses_nothing(whole: RunFolder, data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "tiny.toml"
+    config.write_text(to_toml(merged(TINY, TINY_KEPT)))
+    command = ["simulate", str(config), "--data", str(data), "--out", str(tmp_path / "run")]
+    command += ["--tracking", store(tmp_path), "--threads", "1"]
+    interrupt = KILLER.replace("signal.SIGKILL", "signal.SIGINT")
+    stopped = subprocess.run(
+        [sys.executable, "-c", interrupt, KILLS["between closing and commit"], "2", *command],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert stopped.returncode == 130
+    assert stopped.stderr.splitlines()[-1].startswith("stopped; what is committed is kept: start the same command again")
+    assert "Traceback" not in stopped.stderr
+    subprocess.run([sys.executable, "-m", "wardround.cli", *command], cwd=ROOT, check=True)
+    assert final(open_run(tmp_path / "run")) == final(whole)
+
+
+def test_mlflow_out_of_reach_lets_training_go_on_and_is_logged_later(whole: RunFolder, data: Path, tmp_path: Path) -> None:
+    from wardround.errors import TrackingError
+
+    nowhere = "http://127.0.0.1:9"  # the discard port: nobody listens
+    with pytest.raises(TrackingError):
+        simulate(tiny(**TINY_KEPT), data, tmp_path / "run", nowhere, threads=1)
+    run = open_run(tmp_path / "run")
+    assert run.committed() == [0, 1, 2]
+    assert final(run) == final(whole)
+    assert not list(run.path.rglob("logged.json"))
+    simulate(tiny(**TINY_KEPT), data, tmp_path / "run", store(tmp_path), threads=1)
+    assert len(list(run.path.rglob("logged.json"))) == 2
+
+
+def test_a_disk_that_is_full_stops_in_one_line_and_goes_on_when_mended(
+    whole: RunFolder, data: Path, tmp_path: Path
+) -> None:
+    """A file-size limit stands in for the full disk: the kernel refuses the write in the same way."""
+    config = tmp_path / "tiny.toml"
+    config.write_text(to_toml(merged(TINY, TINY_KEPT)))
+    command = ["simulate", str(config), "--data", str(data), "--out", str(tmp_path / "run")]
+    command += ["--tracking", store(tmp_path), "--threads", "1"]
+    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); from wardround.cli import main; main()"
+    full = subprocess.run([sys.executable, "-c", limit, *command], cwd=ROOT, capture_output=True, text=True)
+    assert full.returncode == 2
+    last = full.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "cannot be written: File too large. Nothing committed is lost;" in last
+    subprocess.run([sys.executable, "-m", "wardround.cli", *command], cwd=ROOT, check=True)
+    assert final(open_run(tmp_path / "run")) == final(whole)
+
+
+def test_updates_and_messages_hold_no_name_of_a_file_or_a_patient(whole: RunFolder, data: Path) -> None:
+    names = [row.split(",")[0] for row in (data / "labels.csv").read_text().splitlines()[1:]]
+    names += [row.split(",")[2] for row in (data / "labels.csv").read_text().splitlines()[1:]]
+    for path in whole.path.rglob("*"):
+        if path.is_file() and "sites" not in path.relative_to(whole.path).parts:
+            block = path.read_bytes()
+            assert not [name for name in names if name.encode() in block], path
+
+
+def test_a_site_without_an_image_stops_before_training_and_names_the_site(tmp_path: Path) -> None:
+    for site in ("lyon", "oslo"):
+        (tmp_path / "data" / site).mkdir(parents=True)
+        (tmp_path / "data" / site / "notes.txt").write_text("no image")
+    with pytest.raises(DataError, match="lyon"):
+        from wardround.simulate import index_sites
+
+        index_sites(tiny(), tmp_path / "data", tmp_path / "run")
+
+
+def test_the_manifest_of_a_checkpoint_can_be_read_by_a_person(whole: RunFolder) -> None:
+    manifest = json.loads((whole.round(2) / "checkpoint" / "manifest.json").read_text())
+    assert manifest["protocol"] == whole.digest
+    assert manifest["record"]["parent"] == json.loads(
+        (whole.round(1) / "checkpoint" / "manifest.json").read_text()
+    )["state"]  # fmt: skip
+    assert os.stat(whole.round(2) / "checkpoint" / "state.safetensors").st_mode & 0o077 == 0

@@ -1,0 +1,83 @@
+"""What travels: the same bytes for the same update, and every way in which a block can be wrong."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wardround.errors import UpdateError
+from wardround.update import Declared, State, Update, check_tensors, layout, pack, state_hash, unpack
+
+STATE: State = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros(4, np.float32)}
+DECLARED = Declared(images=3, patients=2, steps=1, loss_first=0.5, loss=0.25, seconds=1.5, version="0.1.0")
+UPDATE = Update("lyon", "d" * 64, 1, "e" * 64, DECLARED, STATE)
+
+
+def test_an_update_comes_back_as_it_was_and_gives_the_same_bytes() -> None:
+    block = UPDATE.to_bytes()
+    back = Update.from_bytes(block)
+    assert dataclasses.replace(back, delta={}) == dataclasses.replace(UPDATE, delta={})
+    assert state_hash(back.delta) == state_hash(STATE)
+    assert back.to_bytes() == block
+
+
+def test_the_hash_of_a_state_sees_names_shapes_and_numbers_but_not_their_order() -> None:
+    base = state_hash(STATE)
+    assert state_hash(dict(reversed(STATE.items()))) == base
+    assert state_hash({"b": STATE["b"].T.copy().reshape(2, 3), "a": STATE["a"]}) != base
+    assert state_hash({"b": STATE["b"].reshape(3, 2), "a": STATE["a"]}) != base
+    assert state_hash({"c": STATE["b"], "a": STATE["a"]}) != base
+
+
+@given(st.integers(min_value=0, max_value=len(UPDATE.to_bytes()) - 1))
+def test_a_block_cut_anywhere_is_refused(length: int) -> None:
+    with pytest.raises(UpdateError, match="cut or altered"):
+        Update.from_bytes(UPDATE.to_bytes()[:length])
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused(block: bytes) -> None:
+    with pytest.raises(UpdateError):
+        Update.from_bytes(block)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("images", -1), ("images", "3"), ("images", True), ("loss", float("inf")), ("version", "x" * 41), ("steps", 1.5)],
+)
+def test_a_declared_value_that_no_site_sends_is_refused(field: str, value: Any) -> None:
+    header = {"site": "lyon", "protocol": "d", "round": 1, "state": "e", "declared": vars(DECLARED) | {field: value}}
+    with pytest.raises(UpdateError, match=f"declared field '{field}'"):
+        Update.from_bytes(pack(STATE, header))
+
+
+def test_a_field_that_is_not_on_the_list_cannot_cross() -> None:
+    header = {"site": "lyon", "protocol": "d", "round": 1, "state": "e", "declared": vars(DECLARED) | {"path": "/x"}}
+    with pytest.raises(UpdateError, match="lacks or adds fields"):
+        Update.from_bytes(pack(STATE, header))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"a": STATE["a"]}, r"site 'lyon': lacks 1 of 2 tensors \(first: 'b'\)"),
+        ({**STATE, "c": STATE["a"]}, r"site 'lyon': has 1 tensors too many \(first: 'c'\)"),
+        ({**STATE, "a": np.zeros(5, np.float32)}, r"tensor 'a' is float32\[5\], expected float32\[4\]"),
+        ({**STATE, "a": np.zeros(4, np.float64)}, r"tensor 'a' is float64\[4\], expected float32\[4\]"),
+        ({**STATE, "a": np.array([0, np.nan, 0, 0], np.float32)}, "tensor 'a' holds NaN or infinity"),
+        ({**STATE, "a": np.array([0, np.inf, 0, 0], np.float32)}, "tensor 'a' holds NaN or infinity"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(tensors: State, words: str) -> None:
+    check_tensors("site 'lyon'", STATE, layout(STATE))
+    with pytest.raises(UpdateError, match=words):
+        check_tensors("site 'lyon'", tensors, layout(STATE))
+
+
+def test_a_block_holds_scalars_and_empty_headers() -> None:
+    tensors, header = unpack(pack({"step": np.array(3.0, np.float32)}, {}))
+    assert tensors["step"].shape == ()
+    assert header == {}

@@ -1,0 +1,216 @@
+"""The command `wardround`: one function a command, no logic."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from wardround import __version__
+from wardround.errors import WardroundError
+
+cli = typer.Typer(
+    help="Hospitals pretrain one imaging backbone together; no image leaves a hospital.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+site_cli = typer.Typer(help="Commands of a hospital site.", no_args_is_help=True)
+cli.add_typer(site_cli, name="site")
+
+Config = Annotated[Path, typer.Argument(help="A federation's file, such as federation_configs/smoke.toml.")]
+Data = Annotated[Path, typer.Option(help="A labelled folder (labels.csv), or a folder with one folder a site.")]
+Out = Annotated[Path, typer.Option(help="The run folder; an unfinished run in it goes on.")]
+Tracking = Annotated[
+    str | None,
+    typer.Option(help="MLflow's address; default: $MLFLOW_TRACKING_URI, else an SQLite file in runs/."),
+]
+SiteFile = Annotated[Path, typer.Argument(help="The site's own site.toml.")]
+
+
+@cli.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option(help="Show the trace of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Options of every command."""
+    context.obj = debug
+    if version:
+        typer.echo(f"wardround {__version__}")
+        raise typer.Exit
+
+
+@cli.command()
+def check(config: Config) -> None:
+    """Say what a config resolves to: protocol digest, sizes, bytes a round, memory and time."""
+    from wardround.config import FederationConfig, read_toml
+    from wardround.plan import cost, resolve
+    from wardround.report.tables import plan_table
+
+    plan = resolve(read_toml(config, FederationConfig))
+    Console().print(plan_table(plan, cost(plan)))
+
+
+@cli.command()
+def simulate(
+    config: Config,
+    data: Data,
+    out: Out,
+    tracking: Tracking = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 means all.")] = 0,
+) -> None:
+    """Run a whole federation in this process, over the sites of a folder."""
+    from wardround.config import FederationConfig, read_toml
+    from wardround.report.tables import index_table, quarantine_lines, rounds_table
+    from wardround.simulate import index_sites, simulate
+
+    federation = read_toml(config, FederationConfig)
+    console = Console()
+    sites = index_sites(federation, data, out, threads)
+    console.print(index_table(sites))
+    for line in quarantine_lines(sites):
+        console.print(line, style="dim", highlight=False)
+    run = simulate(federation, data, out, tracking or default_tracking(), threads)
+    console.print(rounds_table([run.record(n) for n in run.committed()[1:]]))
+    say_next(f"wardround evaluate {out} --data {data}", f"wardround pull {federation.name}@candidate --to backbone")
+
+
+@cli.command()
+def demo(out: Out = Path("runs/demo"), tracking: Tracking = None) -> None:
+    """Run the main job on three procedural hospitals, from DICOM to a probe, in about three minutes."""
+    from wardround.demo import run_demo
+
+    run_demo(out, tracking or default_tracking(), Console())
+
+
+@cli.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(help="A run folder, a pulled backbone's folder, or NAME@alias.")],
+    data: Annotated[Path, typer.Option(help="A labelled folder with patient-disjoint splits.")],
+    label: Annotated[str, typer.Option(help="The column of labels.csv to predict.")] = "label",
+    draws: Annotated[int, typer.Option(help="Draws of patients at 1 and 10 %% of the labels.", min=1, max=50)] = 5,
+    out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
+    tracking: Tracking = None,
+) -> None:
+    """Compare a backbone with its random initialisation and with raw pixels: k-NN and linear probe."""
+    from wardround.downstream.evaluate import evaluate_backbone
+
+    evaluation = evaluate_backbone(source, data, label, draws, tracking or default_tracking())
+    Console().print(evaluation.table())
+    if out is not None:
+        out.write_text(evaluation.to_json())
+
+
+@cli.command()
+def pull(
+    reference: Annotated[str, typer.Argument(help="NAME@alias or NAME/version.")],
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    tracking: Tracking = None,
+) -> None:
+    """Fetch a registered backbone into a folder that timm loads."""
+    from wardround.registry.mlflow_store import Store
+
+    folder = Store(tracking or default_tracking()).pull(reference, to)
+    say_next(f"python -c 'import timm; timm.create_model(\"local-dir:{folder}\", pretrained=True, num_classes=2)'")
+
+
+@cli.command()
+def models(tracking: Tracking = None) -> None:
+    """List the registered backbones."""
+    from wardround.registry.mlflow_store import Store
+    from wardround.report.tables import models_table
+
+    Console().print(models_table(Store(tracking or default_tracking()).models()))
+
+
+@cli.command()
+def constants(config: Config, data: Data) -> None:
+    """Compute [data] mean and std on a public labelled folder, to be declared in a config."""
+    from wardround.config import FederationConfig, read_toml
+    from wardround.data import channel_constants
+
+    mean, std = channel_constants(data, read_toml(config, FederationConfig).data)
+    typer.echo(f"mean = {[round(value, 4) for value in mean]}\nstd = {[round(value, 4) for value in std]}")
+
+
+@cli.command()
+def provision(
+    config: Config,
+    out: Annotated[Path, typer.Option(help="Where the kits are written, one folder a site.")],
+    address: Annotated[str, typer.Option(help="host:port at which sites reach the coordinator.")] = "localhost:8500",
+) -> None:
+    """Make the federation's certificates and keys, and a kit for each site."""
+    from wardround.config import FederationConfig, read_toml
+    from wardround.provision import provision
+
+    federation = read_toml(config, FederationConfig)
+    provision(federation, out, sorted(federation.membership.sites), address)
+    say_next(f"wardround coordinate {config} --kit {out}/coordinator --out runs/{federation.name}")
+
+
+@cli.command()
+def coordinate(
+    config: Config,
+    kit: Annotated[Path, typer.Option(help="The coordinator's folder that `provision` wrote.")],
+    out: Out,
+    port: Annotated[int, typer.Option(help="The port that sites connect to.", min=1, max=65535)] = 8500,
+    tracking: Tracking = None,
+) -> None:
+    """Start the coordinator's server and run the federation's rounds with the sites that connect."""
+    from wardround.server.superlink import coordinate
+
+    coordinate(config, kit, out, port, tracking or default_tracking())
+    say_next(f"wardround evaluate {out} --data A_LABELLED_FOLDER")
+
+
+@site_cli.command("check")
+def site_check(site: SiteFile, config: Config) -> None:
+    """Index this site's images as a federation would, and say what cannot be read and why."""
+    from wardround.config import FederationConfig, SiteConfig, read_toml
+    from wardround.data import open_site
+    from wardround.report.tables import index_table, quarantine_lines
+
+    own = read_toml(site, SiteConfig)
+    images = {own.name: open_site(own, read_toml(config, FederationConfig).data)}
+    Console().print(index_table(images))
+    typer.echo("\n".join(quarantine_lines(images, most=1000)))
+
+
+@site_cli.command("run")
+def site_run(site: SiteFile) -> None:
+    """Connect this site to the coordinator and answer its rounds, until stopped."""
+    from wardround.client.supernode import run_site
+
+    run_site(site)
+
+
+def default_tracking() -> str:
+    """Return where federations are tracked unless --tracking says otherwise."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+
+
+def say_next(*commands: str) -> None:
+    """Print what a person would type next."""
+    typer.echo("\nNext:" + "".join(f"\n  {command}" for command in commands))
+
+
+def main() -> None:
+    """Run the command; a user's error is one line and exit 2, Ctrl-C says how to go on and exits 130."""
+    try:
+        cli()
+    except WardroundError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            typer.echo("\nstopped; what is committed is kept: start the same command again to go on.", err=True)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""A site's side of the network: Flower's stock SuperNode, started, watched, and started again.
+
+    WORK/flower/   Flower's own state (FLWR_HOME)        WORK/logs/   supernode.log
+
+It only calls out. The local port that Flower asks for is on loopback, for its own processes.
+"""
+
+import json
+import re
+import stat
+import time
+from pathlib import Path
+
+from wardround.config import SiteConfig, read_toml
+from wardround.config.site import CoordinatorConfig
+from wardround.errors import ConfigError
+from wardround.processes import NewLines, alone, command, free_port, running, stopped_by_sigterm
+from wardround.registry.durable import write_file
+
+_POLL = 0.5  # seconds
+_SOON = 5.0  # seconds, for a connection that was cut
+# A SuperNode that was killed counts as online for up to a minute, and for so long its key is refused.
+_LATER = 65.0  # seconds
+
+# What of SuperNode's log a person at the site is told; all else stays in the log.
+_SAYINGS = (
+    (r"SuperNode ID: ", "is connected"),
+    (r"Connection attempt failed", "cannot reach the coordinator; keeps trying"),
+    (r"Connection successful", "reaches the coordinator again"),
+    (r"\[RUN \d+, ROUND (\d+)\]", r"round \1"),
+    (r"Sent successfully", "its answer is sent"),
+    (r"^site '[^']+'[,:]? (.*)", r"\1"),  # what our own ClientApp logs
+)
+_REASONS = (
+    (r"Failed to activate SuperNode", "the coordinator does not know its key, or still counts it as online"),
+    (r"certificate verify failed", "the coordinator's certificate is not signed by ca.crt, or is for another address"),
+    (r"Name or service not known|nodename nor servname", "the coordinator's host name is not known"),
+)
+
+
+def run_site(config_path: Path) -> None:
+    """Answer the coordinator's rounds until stopped by Ctrl-C or SIGTERM, whatever the network does.
+
+    Raises ConfigError where the site's file, key or certificate cannot be used.
+    """
+    path = config_path.resolve()
+    site = read_toml(path, SiteConfig)
+    coordinator = _usable(site, path)
+    work = (path.parent / site.work).resolve()
+    with stopped_by_sigterm(), alone(work / "flower", "wardround site run"):
+        while True:
+            pause, reason = _connect_once(site, coordinator, path, work)
+            print(f"site '{site.name}': {reason}; tries again in {pause:.0f} s", flush=True)
+            time.sleep(pause)
+
+
+def _connect_once(site: SiteConfig, coordinator: CoordinatorConfig, path: Path, work: Path) -> tuple[float, str]:
+    """Run a SuperNode until it ends by itself; return how long to wait before the next, and why it ended."""
+    log, connected, reason, said = work / "logs" / "supernode.log", False, "SuperNode ended", ""
+    lines = NewLines(log)
+    with running(_arguments(coordinator, path, work / "flower"), work / "flower", log, path.parent) as process:
+        ended = False
+        while not ended:
+            ended = process.poll() is not None
+            for line in lines.read():
+                reason = _first(_REASONS, line) or reason
+                saying = _first(_SAYINGS, line)
+                if saying and saying != said:  # an outage is said once, not at each attempt
+                    print(f"site '{site.name}': {saying}", flush=True)
+                    said = saying
+                connected |= "SuperNode ID: " in line
+            time.sleep(_POLL)
+    return (_SOON if connected else _LATER), f"{reason} (see {log})"
+
+
+def _arguments(coordinator: CoordinatorConfig, path: Path, home: Path) -> list[str]:
+    # A file, since a path on Flower's command line must not contain quotes.
+    node_config = home / "node.toml"
+    write_file(node_config, f"site-config = {json.dumps(str(path), ensure_ascii=False)}\n".encode())
+    return command(
+        "flower-supernode",
+        *("--superlink", coordinator.address),
+        *("--root-certificates", path.parent / coordinator.ca_certificate),
+        *("--auth-supernode-private-key", path.parent / coordinator.private_key),
+        *("--host", "127.0.0.1", "--port", free_port()),
+        *("--node-config", node_config),
+    )
+
+
+def _usable(site: SiteConfig, path: Path) -> CoordinatorConfig:
+    """Return how to reach the coordinator. Raises ConfigError where the kit's files are not as they came."""
+    found = site.coordinator
+    if found is None:
+        raise ConfigError(f"{path}: has no [coordinator]; take that section from the kit.")
+    for file in (found.ca_certificate, found.private_key):
+        if not (path.parent / file).is_file():
+            raise ConfigError(f"{path}: there is no file '{file}'; put the kit's beside it.")
+    key = path.parent / found.private_key
+    if stat.S_IMODE(key.stat().st_mode) & 0o077:
+        raise ConfigError(
+            f"{key}: can be read by other accounts; 'chmod 600' it, and ask for a new kit if it was seen."
+        )
+    return found
+
+
+def _first(table: tuple[tuple[str, str], ...], line: str) -> str | None:
+    for pattern, text in table:
+        if found := re.search(pattern, line):
+            return found.expand(text)
+    return None

@@ -1,0 +1,198 @@
+"""A site's images as training sees them, and the account of every file: read, or left out and why."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from wardround.config.federation import DataConfig
+from wardround.config.site import SiteConfig
+from wardround.data.cache import Cache, Entry, Seen
+from wardround.data.cache_folder import opened_cache
+from wardround.data.criteria import unmet
+from wardround.data.facts import ReadError
+from wardround.data.intensities import to_square
+from wardround.data.listing import Listed, list_files
+from wardround.data.patients import pseudonym, read_opt_outs, read_salt
+from wardround.data.readers import quiet, read_facts, read_frames
+from wardround.data.selection import Selection, select
+from wardround.errors import DataError
+
+
+@dataclass(frozen=True)
+class Index:
+    """What was found. A file is in exactly one of read, duplicates, opted_out, excluded and quarantined."""
+
+    files: int
+    read: int  # distinct files that take part
+    duplicates: int  # files whose bytes are those of another
+    opted_out: int  # files of patients on the site's opt-out list
+    excluded: Mapping[str, int]  # files by the criterion that they do not meet
+    quarantined: tuple[tuple[str, str], ...]  # path relative to the images folder, and the reason
+    samples: int  # images that training sees: frames of the files read
+    skipped_frames: Mapping[str, int]  # frames of the files read that training does not see, by reason
+    patients: int
+    modalities: Mapping[str, int]  # samples by DICOM modality
+
+
+@dataclass(frozen=True)
+class SiteImages:
+    """What training sees of a site. The same files give the same arrays, on any machine and in any folder."""
+
+    images: NDArray[np.uint8]  # [N, C, S, S], memory-mapped; 0..255 means [0, 1]
+    patients: NDArray[np.int32]  # [N], 0..P-1: which images belong together
+    index: Index
+
+    @property
+    def num_images(self) -> int:
+        return self.index.samples
+
+    @property
+    def num_patients(self) -> int:
+        return self.index.patients
+
+
+def open_site(site: SiteConfig, data: DataConfig) -> SiteImages:
+    """Return a site's images; decodes only what no earlier call decoded with the same settings.
+
+    Samples are in the order of their file's SHA-256, then of their frame. Raises DataError where no
+    image is left, or where images have another number of channels than the federation's.
+    """
+    listed = list_files(site)
+    try:
+        salt = read_salt(site.work)
+        opt_outs = read_opt_outs(site.images.opt_out, site.name, salt)
+        with quiet(), opened_cache(site.work, data, opt_outs) as cache:
+            contents, files, unopened = _look(site.name, listed, data, salt, cache)
+            while True:
+                selection = select(contents, cache.entries, data, salt, opt_outs)
+                _refuse_other_channels(site.name, selection, cache, data)
+                lacking = sorted({sample[0] for sample in selection.order if not cache.has(sample)})
+                if not lacking:
+                    break
+                for key in tqdm(lacking, f"{site.name}: decoding", unit="file", disable=None, delay=2, leave=False):
+                    _decode(key, contents[key][0].path, data, cache)
+            images = cache.commit(selection.order, files)
+    except OSError as error:
+        raise DataError(
+            f"site '{site.name}': the work folder cannot be used: {error.strerror}. Free space there, or set 'work' "
+            "to another disk; what is decoded so far is kept."
+        ) from error
+    index = _index(len(listed), selection, unopened)
+    if not index.samples:
+        raise DataError(f"site '{site.name}': {_nothing_left(index)}")
+    return SiteImages(images, np.array(selection.patients, np.int32), index)
+
+
+def _look(
+    who: str, listed: Sequence[Listed], data: DataConfig, salt: bytes, cache: Cache
+) -> tuple[dict[str, list[Listed]], list[str], list[tuple[str, str]]]:
+    """Find each file's content, and read the header of what was never seen.
+
+    Returns content key -> its files, the keyed hashes of the paths seen, and the files that cannot be opened.
+    """
+    contents: dict[str, list[Listed]] = {}
+    paths, unopened = [], []
+    for one in tqdm(listed, f"{who}: looking", unit="file", disable=None, delay=2, leave=False):
+        path_hash = pseudonym(salt, f"path {one.name}")
+        try:
+            key = _content(one, path_hash, cache)
+        except ReadError as error:
+            unopened.append((one.name, str(error)))
+            continue
+        if key not in cache.entries:
+            cache.learn(key, _entry(one.path, data, salt))
+        contents.setdefault(key, []).append(one)
+        paths.append(path_hash)
+    return contents, paths, unopened
+
+
+def _content(one: Listed, path_hash: str, cache: Cache) -> str:
+    """Return the SHA-256 of a file's bytes, from the cache while its size and time are as they were."""
+    if one.problem:
+        raise ReadError(one.problem)
+    try:
+        status = one.path.stat()
+        seen = cache.seen.get(path_hash)
+        if seen is None or (seen.size, seen.mtime_ns) != (status.st_size, status.st_mtime_ns):
+            with one.path.open("rb") as file:
+                seen = Seen(status.st_size, status.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest())
+            cache.see(path_hash, seen)
+    except OSError as error:
+        raise ReadError(f"cannot be opened: {error.strerror}") from error
+    return seen.key
+
+
+def _entry(path: Path, data: DataConfig, salt: bytes) -> Entry:
+    """Return what a file's header says of it."""
+    try:
+        facts = read_facts(path)
+    except ReadError as error:
+        return Entry(reason=str(error))
+    return Entry(
+        frames=facts.frames,
+        channels=facts.channels,
+        patient=pseudonym(salt, facts.patient),
+        modality=facts.modality,
+        excluded=unmet(facts, data.criteria),
+    )
+
+
+def _decode(key: str, path: Path, data: DataConfig, cache: Cache) -> None:
+    """Put a file's frames into the cache, or the reason why it has none."""
+    entry = cache.entries[key]
+    numbers = range(0, entry.frames, data.slice_stride)
+    try:
+        frames = read_frames(path, numbers, data.window)
+        rows = np.stack([to_square(frame, data.image_size, data.channels) for frame in frames])
+    except ReadError as error:
+        cache.learn(key, replace(entry, reason=str(error)))
+        return
+    flat = rows.reshape(len(rows), -1)
+    blank = tuple(number for number, row in zip(numbers, flat, strict=True) if row.min() == row.max())
+    if len(blank) == len(rows):
+        cache.learn(key, replace(entry, reason="blank: all its pixels show the same value"))
+        return
+    if blank != entry.blank:
+        cache.learn(key, replace(entry, blank=blank))
+    cache.add(key, numbers, rows)
+
+
+def _refuse_other_channels(who: str, selection: Selection, cache: Cache, data: DataConfig) -> None:
+    """Raise DataError where images have another number of channels and the federation does not convert."""
+    counts = [cache.entries[key].channels for key, _ in selection.order]
+    others = [count for count in counts if count != data.channels]
+    if others and not data.convert_channels:
+        plural = "s" if others[0] > 1 else ""
+        raise DataError(
+            f"site '{who}': {len(others)} of {len(counts)} images have {others[0]} channel{plural}, the federation's "
+            f"[data] channels is {data.channels}; move them out of the images folder, or agree on convert_channels."
+        )
+
+
+def _index(files: int, selection: Selection, unopened: Sequence[tuple[str, str]]) -> Index:
+    return Index(
+        files=files,
+        read=selection.read,
+        duplicates=selection.duplicates,
+        opted_out=selection.opted_out,
+        excluded=dict(sorted(selection.excluded.items())),
+        quarantined=tuple(sorted([*selection.quarantined, *unopened])),
+        samples=len(selection.order),
+        skipped_frames={reason: count for reason, count in selection.skipped_frames.items() if count},
+        patients=max(selection.patients, default=-1) + 1,
+        modalities={name: count for name, count in sorted(selection.modalities.items()) if count},
+    )
+
+
+def _nothing_left(index: Index) -> str:
+    """Return why no image is left, and what to do."""
+    parts = [f"{len(index.quarantined)} cannot be read"] if index.quarantined else []
+    parts += [f"{count} excluded ({reason})" for reason, count in index.excluded.items()]
+    parts += [f"{index.opted_out} opted out"] if index.opted_out else []
+    first = "first: '{}': {}".format(*index.quarantined[0]) if index.quarantined else "all were excluded"
+    return f"no image among {index.files} files: {', '.join(parts)}; {first}. Set [images] folder, or mend these files."

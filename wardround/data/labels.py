@@ -1,0 +1,90 @@
+"""`labels.csv`, the table of a labelled folder: file, label, patient, site, split, and any more columns."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from wardround.errors import DataError
+
+_COLUMNS = ("file", "patient", "site", "split")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a labelled folder."""
+
+    file: str  # relative to the folder, with forward slashes
+    path: Path
+    patient: str
+    site: str
+    split: str
+    label: str
+
+
+def read_rows(folder: Path, label: str | None = None) -> list[Row]:
+    """Return the rows of labels.csv in their order; `label` names the column of labels, None reads none.
+
+    Raises DataError for a table that is missing, lacks a column, or names a file that is absent, named
+    twice or outside the folder. Files may be links; folders on the way to them may not.
+    """
+    table, line = _read_table(folder, (*_COLUMNS, label) if label else _COLUMNS), 1
+    if not table:
+        raise DataError(f"{folder.name}/labels.csv: has no row; expected one an image.")
+    rows, seen = [], set()
+    root = folder.resolve()
+    for cells in table:
+        line += 1
+        where = f"{folder.name}/labels.csv, row {line}"
+        name = cells["file"] or ""
+        path = _path_inside(root, folder, name, where)
+        if name in seen:
+            raise DataError(f"{where}: '{name}' is listed twice; keep one row an image.")
+        if label and not cells[label]:
+            raise DataError(f"{where}: column '{label}' is empty; give every image a label, or leave its row out.")
+        seen.add(name)
+        patient, site, split = ((cells[key] or "").strip() for key in ("patient", "site", "split"))
+        rows.append(Row(name, path, patient, site, split, label=cells[label] if label else ""))
+    return rows
+
+
+def chosen(rows: Iterable[Row], folder: Path, site: str | None, splits: Sequence[str]) -> list[Row]:
+    """Return the rows of a site (None: of all) and of some splits. Raises DataError where there is none."""
+    of_site = [row for row in rows if site is None or row.site == site]
+    if not of_site:
+        known = ", ".join(sorted({row.site for row in rows}))
+        raise DataError(f"{folder.name}/labels.csv: no row says site '{site}'; its sites are {known}.")
+    found = [row for row in of_site if row.split in splits]
+    if not found:
+        known = ", ".join(sorted({row.split for row in of_site}))
+        raise DataError(f"{folder.name}/labels.csv: no row has split {' or '.join(splits)}; its splits are {known}.")
+    return found
+
+
+def _read_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of labels.csv as dictionaries that have at least these columns."""
+    try:
+        with (folder / "labels.csv").open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            header = reader.fieldnames or []
+            if missing := [name for name in columns if name not in header]:
+                raise DataError(
+                    f"{folder.name}/labels.csv: lacks the column '{missing[0]}'; its columns are {', '.join(header)}."
+                )
+            return list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or "not a table in UTF-8"
+        raise DataError(f"{folder.name}/labels.csv: cannot be read: {reason}.") from error
+
+
+def _path_inside(root: Path, folder: Path, name: str, where: str) -> Path:
+    """Return where a file lies. Raises DataError where that is not within the folder, or no file."""
+    parts = PurePosixPath(name).parts
+    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
+        raise DataError(f"{where}: '{name}' is no path inside the folder; write it relative to labels.csv.")
+    path = folder / name
+    if not path.is_file():
+        raise DataError(f"{where}: the file '{name}' does not exist; add it, or leave the row out.")
+    if not path.parent.resolve().is_relative_to(root):
+        raise DataError(f"{where}: '{name}' lies behind a link to another folder; copy or mount it inside.")
+    return path

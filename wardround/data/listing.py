@@ -1,0 +1,61 @@
+"""Which files a site has: all below its folder, or the rows of its labels.csv."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wardround.config.site import SiteConfig
+from wardround.data.labels import chosen, read_rows
+from wardround.errors import DataError
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One file of a site, by its path relative to the images folder."""
+
+    name: str
+    path: Path
+    patient: str = field(default="", repr=False)  # from labels.csv
+    problem: str = ""  # why it is not even opened
+
+
+def list_files(site: SiteConfig) -> list[Listed]:
+    """Return every file of a site, sorted by name. Raises DataError where there is no folder or no file."""
+    folder = site.images.folder
+    if not folder.is_dir():
+        raise DataError(f"site '{site.name}': the images folder {folder} does not exist. Set [images] folder.")
+    if site.work.resolve().is_relative_to(folder.resolve()):
+        raise DataError(
+            f"site '{site.name}': the work folder lies inside the images folder, so the cache would be read as "
+            "images. Set 'work' to a folder of its own."
+        )
+    labelled = (folder / "labels.csv").is_file() if site.images.kind == "auto" else site.images.kind == "labelled"
+    if labelled:
+        rows = chosen(read_rows(folder), folder, site.images.site, site.images.splits)
+        found = [Listed(row.file, row.path, row.patient) for row in rows]
+    else:
+        found = _walk(folder)
+    if not found:
+        raise DataError(f"site '{site.name}': the images folder {folder} is empty. Set [images] folder.")
+    return sorted(found, key=lambda one: one.name)
+
+
+def _walk(folder: Path) -> list[Listed]:
+    """Return every file below a folder. Links to files are followed, links to folders are not: they may loop."""
+    found: list[Listed] = []
+
+    def unreadable(error: OSError) -> None:
+        found.append(_listed(folder, Path(error.filename), f"a folder that cannot be opened: {error.strerror}"))
+
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
+        paths = [Path(parent, name) for name in files]
+        found += [
+            _listed(folder, path, "" if path.is_file() else "no regular file, or a broken link") for path in paths
+        ]
+        links = [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
+        found += [_listed(folder, path, "a link to a folder; mount or copy that folder inside") for path in links]
+    return found
+
+
+def _listed(folder: Path, path: Path, problem: str) -> Listed:
+    return Listed(path.relative_to(folder).as_posix(), path, problem=problem)

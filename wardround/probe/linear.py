@@ -1,0 +1,45 @@
+"""The linear probe: logistic regression on frozen features."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from wardround.probe.scores import score
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # sklearn's C, the inverse of the penalty
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Features [N, D] and their labels [N]."""
+
+    features: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+def linear_probabilities(train: Labelled, val: Labelled, test: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the class probabilities of test images: [N, D] -> [N, K]; every class occurs in `train`.
+
+    Features are standardised by the training images. The penalty is the one with the best balanced
+    accuracy on `val`, the strongest of several; the model is not fitted again with `val`.
+    """
+    scaler = StandardScaler().fit(train.features)
+    x, x_val, x_test = (scaler.transform(f) for f in (train.features, val.features, test))
+    model = LogisticRegression(max_iter=200, warm_start=True)  # each strength starts from the one before
+    best, chosen = -1.0, None
+    with warnings.catch_warnings():
+        # The weakest penalties on few images have no finite optimum; validation rules them out.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for strength in STRENGTHS:
+            model.set_params(C=strength).fit(x, train.labels)
+            found = score(val.labels, model.predict_proba(x_val)).balanced_accuracy
+            if found > best:
+                best, chosen = found, model.predict_proba(x_test)
+    assert chosen is not None
+    probabilities: NDArray[np.float64] = chosen
+    return probabilities

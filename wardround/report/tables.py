@@ -1,0 +1,77 @@
+"""The tables that commands print."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from wardround.data import SiteImages
+from wardround.plan import Cost, Plan
+
+
+def table(title: str, *columns: str) -> Table:
+    """Return an empty table; all columns but the first are numbers, to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for place, column in enumerate(columns):
+        made.add_column(column, justify="left" if place == 0 else "right")
+    return made
+
+
+def plan_table(plan: Plan, cost: Cost) -> Table:
+    """Return what a config resolves to, and what it costs a site."""
+    config, training = plan.config, plan.config.training
+    minutes = training.total_steps * cost.seconds_per_step / 60
+    rows = {
+        "protocol digest": plan.digest,
+        "backbone": f"{config.backbone.name}, {cost.backbone_parameters:,} parameters",
+        "method": f"{config.method.name}, head {cost.head_parameters:,} parameters (thrown away)",
+        "images": f"{config.data.image_size} x {config.data.image_size}, {config.data.channels} channel(s)",
+        "rounds": f"{training.rounds} of {training.local_steps} local steps",
+        "batch": f"{training.batch_size} images, {training.precision}",
+        "bytes a round and site": f"{cost.bytes_per_message:,} down, {cost.bytes_per_message:,} up",
+        "memory at a site": f"about {cost.memory_bytes / 2**20:,.0f} MiB beside Python and its libraries",
+        "time at a site": f"about {minutes:.1f} min in all on this machine ({cost.seconds_per_step:.2f} s a step)",
+        "sites": ", ".join(sorted(config.membership.sites)) or "whoever is in the data or connects",
+        "differential privacy": "none: the coordinator may be able to reconstruct images",
+    }
+    made = table(f"{config.name}", "what", "value")
+    made.columns[1].justify = "left"
+    for name, value in rows.items():
+        made.add_row(name, value)
+    return made
+
+
+def index_table(sites: Mapping[str, SiteImages]) -> Table:
+    """Return what was found at each site."""
+    made = table("Sites", "site", "patients", "images", "quarantined", "excluded", "opted out")
+    for site, images in sorted(sites.items()):
+        index = images.index
+        excluded = sum(index.excluded.values())
+        numbers = (images.num_patients, images.num_images, len(index.quarantined), excluded, index.opted_out)
+        made.add_row(site, *(str(number) for number in numbers))
+    return made
+
+
+def quarantine_lines(sites: Mapping[str, SiteImages], most: int = 5) -> list[str]:
+    """Return a line for each of the first quarantined files of each site: these stay at the site."""
+    lines = []
+    for site, images in sorted(sites.items()):
+        quarantined = images.index.quarantined
+        lines += [f"{site}: {path}: {reason}" for path, reason in quarantined[:most]]
+        if len(quarantined) > most:
+            lines.append(f"{site}: and {len(quarantined) - most} more")
+    return lines
+
+
+def rounds_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Return each committed round's loss, sites, time and bytes."""
+    made = table("Rounds", "round", "loss", "sites", "images", "seconds", "MB received")
+    for number, record in enumerate(records, start=1):
+        sites = record["sites"].values()
+        loss = sum(site["weight"] * site["loss"] for site in sites)
+        images = sum(site["images"] for site in sites)
+        megabytes = record["bytes_received"] / 1e6
+        made.add_row(
+            str(number), f"{loss:.4f}", str(len(sites)), f"{images:,}", f"{record['seconds']:.1f}", f"{megabytes:.1f}"
+        )
+    return made

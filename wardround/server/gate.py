@@ -1,0 +1,123 @@
+"""The one door to SuperLink: a TLS reverse proxy that lets through only what a SuperNode says.
+
+SuperLink 1.41 serves sites, the Flower CLI and its own processes on one port, and asks only sites
+for a credential: whoever reaches that port can list runs, register keys and run code at every site.
+So SuperLink listens on loopback, and this door, which knows ten paths, listens for sites.
+"""
+
+import contextlib
+import ssl
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from wardround.errors import ConfigError
+from wardround.processes import open_log
+
+# All that a SuperNode with a registered key asks for; SuperLink checks the key on each of them.
+# Left out: register-node and unregister-node, with which a node could let itself in.
+OPEN = tuple(
+    f"/v1/fleet/{name}"
+    for name in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "get-fab",
+        "pull-object",
+        "push-object",
+        "confirm-message-received",
+    )
+)
+LARGEST_BODY = 64 * 2**20  # bytes; Flower's objects have 5 MiB
+_HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host"}  # RFC 9110, 7.6.1
+_STARTUP = 10.0  # seconds
+
+
+@contextlib.contextmanager
+def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator[None]:
+    """Serve sites on host:port, in a thread, and pass them on to SuperLink's loopback port.
+
+    Raises ConfigError where the address cannot be listened on.
+    """
+    open_log(log).close()  # for its mode
+    server = uvicorn.Server(
+        uvicorn.Config(
+            _app(f"https://127.0.0.1:{superlink}", ssl.create_default_context(cafile=kit / "ca.crt")),
+            host=host,
+            port=port,
+            ssl_certfile=kit / "server.crt",
+            ssl_keyfile=str(kit / "server.key"),
+            timeout_keep_alive=60,  # a SuperNode that has nothing to do asks every three seconds
+            timeout_graceful_shutdown=2,
+            server_header=False,
+            log_config=_log_config(log),
+            access_log=False,
+        )
+    )
+    thread = threading.Thread(target=_serve, args=(server,), name="gate", daemon=True)
+    thread.start()
+    deadline = time.monotonic() + _STARTUP
+    while thread.is_alive() and not server.started and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if not server.started:
+        raise ConfigError(f"{host}:{port} cannot be listened on; stop what uses the port, or give another one.")
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(_STARTUP)
+
+
+def _serve(server: uvicorn.Server) -> None:
+    with contextlib.suppress(SystemExit):  # uvicorn's answer to a port that is taken
+        server.run()
+
+
+def _app(superlink: str, trust: ssl.SSLContext) -> Starlette:
+    client = httpx.AsyncClient(base_url=superlink, verify=trust, timeout=60.0, trust_env=False)
+
+    async def forward(request: Request) -> Response:
+        """Pass a request on and its answer back, chunk by chunk: a body is never held whole."""
+        length = request.headers.get("content-length", "")
+        if not length.isdecimal() or int(length) > LARGEST_BODY:
+            return Response(status_code=413)
+        headers = [(name, value) for name, value in request.headers.items() if name not in _HOP_BY_HOP]
+        outgoing = client.build_request("POST", request.url.path, headers=headers, content=request.stream())
+        try:
+            answer = await client.send(outgoing, stream=True)
+        except (httpx.TransportError, ClientDisconnect):
+            return Response(status_code=502)  # SuperNodes try again
+        kept = {name: value for name, value in answer.headers.items() if name not in _HOP_BY_HOP}
+        return StreamingResponse(answer.aiter_raw(), answer.status_code, kept, background=BackgroundTask(answer.aclose))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with client:
+            yield
+
+    app = Starlette(routes=[Route(path, forward, methods=["POST"]) for path in OPEN], lifespan=lifespan)
+    app.router.redirect_slashes = False
+    return app
+
+
+def _log_config(log: Path) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(message)s"}},
+        "handlers": {"file": {"class": "logging.FileHandler", "filename": str(log), "formatter": "line"}},
+        "loggers": {"uvicorn": {"handlers": ["file"], "level": "INFO", "propagate": False}},
+    }

@@ -1,0 +1,166 @@
+"""What happens after a commit: the picture, the MLflow run, and at the end the release.
+
+MLflow is a record, never the truth. While it cannot be reached, training goes on; every committed
+round that is not yet logged is logged at the next commit, or by the next start of the same command.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from wardround.backbones import save_release
+from wardround.config import FederationConfig
+from wardround.data import procedural_set, read_labelled
+from wardround.registry.durable import write_file
+from wardround.registry.mlflow_store import Store, TrackingError
+from wardround.registry.versions import versions
+from wardround.report.curves import draw_losses
+from wardround.report.reconstruction import draw_reconstructions
+from wardround.server.run_folder import RunFolder
+
+ALIAS = "candidate"  # what the last committed round is released as
+
+
+class Tracking:
+    """Records a run's committed rounds in MLflow, at least once each and in order."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.warned = False
+
+    def committed(self, number: int) -> None:
+        """Say, draw and log what a commit brought."""
+        tqdm.write(round_line(self.run, number))
+        self.draw(number)
+        try:
+            self.log()
+        except TrackingError as error:
+            if not self.warned:
+                tqdm.write(f"warning: {error} Training goes on; the rounds are logged later.")
+            self.warned = True
+
+    def draw(self, number: int) -> None:
+        """Write the round's pictures, of the coordinator's own images only."""
+        losses: dict[str, list[tuple[int, float]]] = {}
+        for earlier in range(1, number + 1):
+            for site, figures in self.run.record(earlier)["sites"].items():
+                losses.setdefault(site, []).append((earlier, figures["loss"]))
+        draw_losses(losses, self.run.path / "losses.png", self.run.config.name)
+        if self.images is not None:
+            state = self.run.checkpoint(number).state
+            title = f"{self.run.config.name}, round {number}"
+            draw_reconstructions(self.run.config, state, self.images, self._picture(number), title)
+
+    def log(self) -> None:
+        """Log every committed round that has no mark yet. Raises TrackingError where MLflow is not there."""
+        waiting = [n for n in self.run.committed() if n > 0 and not self._mark(n).exists()]
+        for number in waiting:
+            pictures = {"reconstructions": self._picture(number), "losses": self.run.path / "losses.png"}
+            found = {name: path for name, path in pictures.items() if path.exists()}
+            self.store.log_round(self.mlflow_run, number, metrics(self.run.record(number)), found)
+            write_file(self._mark(number), json.dumps({"run": self.mlflow_run}).encode())
+
+    def register(self) -> str:
+        """Log what is left, register the last committed backbone, close the run; return NAME@alias.
+
+        Raises TrackingError where MLflow is not there; nothing is lost, the same command tries again.
+        """
+        self.log()
+        folder = export(self.run)
+        name = self.run.config.name
+        number = self.run.committed()[-1]
+        tags = {"protocol": self.run.digest, "round": str(number), "method": self.run.config.method.name}
+        self.store.register(folder, name, ALIAS, self.mlflow_run, tags, metrics(self.run.record(number)))
+        self.store.close_run(self.mlflow_run, "FINISHED")
+        return f"{name}@{ALIAS}"
+
+    @cached_property
+    def store(self) -> Store:
+        """The MLflow store, reached when it is first needed."""
+        return Store(self.run.tracking)
+
+    @cached_property
+    def mlflow_run(self) -> str:
+        """The id of this federation's run in MLflow."""
+        config = self.run.config.model_dump(mode="json", exclude={"membership", "evaluation_set"})
+        files = {"federation.json": (self.run.path / "federation.json").read_text()}
+        return self.store.open_run(self.run.config.name, self.run.digest, _flat(config), files)
+
+    @cached_property
+    def images(self) -> NDArray[np.uint8] | None:
+        """The first images of the coordinator's evaluation set, or None where the config names none."""
+        return evaluation_images(self.run.config)
+
+    def _picture(self, number: int) -> Path:
+        return self.run.path / "pictures" / f"round-{number:05d}.png"
+
+    def _mark(self, number: int) -> Path:
+        return self.run.round(number) / "logged.json"
+
+
+def export(run: RunFolder) -> Path:
+    """Write the newest committed backbone as a timm folder below the run folder, and return it."""
+    number = run.committed()[-1]
+    folder = run.path / "release"
+    provenance = {
+        "federation": run.config.name,
+        "protocol": run.protocol.model_dump(mode="json"),
+        "protocol_digest": run.digest,
+        "round": number,
+        "sites": {site: figures["weight"] for site, figures in run.record(number).get("sites", {}).items()},
+        "differential_privacy": "none",
+        "versions": versions(),
+    }
+    save_release(run.protocol, run.checkpoint(number).state, folder, provenance)
+    return folder
+
+
+def evaluation_images(config: FederationConfig) -> NDArray[np.uint8] | None:
+    """Return the images that the coordinator draws, [N, C, S, S], or None where it has none."""
+    chosen = config.evaluation_set
+    if chosen is None:
+        return None
+    if chosen.kind == "labelled" and chosen.folder is not None:
+        return read_labelled(chosen.folder, config.data).images
+    return procedural_set(chosen.count, config.seed, config.data).images
+
+
+def metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return a round's numbers by name: the federation's, then each site's as `SITE/figure`."""
+    sites: Mapping[str, Mapping[str, Any]] = record["sites"]
+    numbers = {
+        "loss": sum(figures["weight"] * figures["loss"] for figures in sites.values()),
+        "sites": float(len(sites)),
+        **{name: float(record[name]) for name in ("bytes_sent", "bytes_received", "seconds")},
+    }
+    for site, figures in sites.items():
+        numbers |= {f"{site}/{name}": float(value) for name, value in figures.items() if isinstance(value, int | float)}
+    return numbers
+
+
+def round_line(run: RunFolder, number: int) -> str:
+    """Return one line on a committed round."""
+    record = run.record(number)
+    numbers = metrics(record)
+    refused = "".join(f"; without '{site}': {reason}" for site, reason in record["refused"].items())
+    return (
+        f"round {number} of {run.config.training.rounds}: loss {numbers['loss']:.4f}, "
+        f"{int(numbers['sites'])} sites, {numbers['seconds']:.1f} s{refused}"
+    )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return a nested mapping as `section.key` -> text."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
