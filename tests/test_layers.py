@@ -34,7 +34,9 @@ def imported(source: str) -> set[str]:
 def test_each_framework_stands_behind_one_door(framework: str) -> None:
     package = ROOT / "wardround"
     users = {
-        path.relative_to(package).as_posix() for path in package.rglob("*.py") if framework in imported(path.read_text())
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if framework in imported(path.read_text())
     }
     assert all(any(user.startswith(door) for door in DOORS[framework]) for user in users), users
 

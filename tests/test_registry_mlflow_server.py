@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
-from wardround.errors import ConfigError
+from wardround.errors import ConfigError, TrackingError
 from wardround.registry import release
-from wardround.registry.mlflow_store import Store, TrackingError
+from wardround.registry.mlflow_store import Store
 
 pytestmark = pytest.mark.slow
 ARGUMENTS = {"img_size": 16, "patch_size": 8, "in_chans": 1, "depth": 1, "embed_dim": 24, "num_heads": 2}

@@ -1,5 +1,7 @@
 """The one training loop: draws, schedule, and a cut that changes no bit."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -81,7 +83,7 @@ def test_the_rate_warms_up_and_falls_to_almost_nothing_by_the_last_step() -> Non
     assert rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.5)  # half way down: 45 of the 90 steps after the warm-up
     assert 0 < rates[99] < 0.001
-    assert all(later <= earlier for earlier, later in zip(rates[9:], rates[10:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates[9:]))
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step() -> None:

@@ -1,3 +1,11 @@
 """Wardround: hospitals pretrain one imaging backbone together; no image leaves a hospital."""
 
+import os
+
 __version__ = "0.1.0"
+
+# Before torch is imported: on a machine that does anything else, OpenMP's threads spin while they
+# wait for one another, and a training step took 8 times as long (benchmarks/LOG.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Before mlflow is imported, here or by a program that we start: nothing phones home.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

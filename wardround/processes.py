@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -80,15 +81,17 @@ class NewLines:
     """The lines that are added to a log from now on."""
 
     def __init__(self, log: Path) -> None:
-        with open_log(log):
-            self.file = log.open(encoding="utf-8", errors="replace")
-        self.file.seek(0, os.SEEK_END)
-        self.part = ""
+        self.log = log
+        self.read_to = log.stat().st_size if log.exists() else 0
 
     def read(self) -> list[str]:
         """Return the whole lines that came since the last call."""
-        *lines, self.part = (self.part + self.file.read()).split("\n")
-        return lines
+        with contextlib.suppress(FileNotFoundError), self.log.open("rb") as file:
+            file.seek(self.read_to)
+            whole, end, _ = file.read().rpartition(b"\n")
+            self.read_to += len(whole + end)
+            return whole.decode(errors="replace").split("\n") if end else []
+        return []
 
 
 def free_port() -> int:
@@ -143,10 +146,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(process.pid)
         family = [root, *root.children(recursive=True)]
-    if process.poll() is None:
-        process.terminate()
     try:
-        psutil.wait_procs(family, timeout=_PATIENCE)
+        for one in family:
+            with contextlib.suppress(psutil.Error):
+                one.terminate()
+        _wait(family)
     finally:  # where a second Ctrl-C cut the patience short, too
         _kill(family)
         process.wait()
@@ -156,4 +160,18 @@ def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(processes, timeout=_PATIENCE)
+    _wait(processes)
+
+
+def _wait(processes: list[psutil.Process]) -> None:
+    """Wait until none runs, or the patience is over. Who is dead but not yet reaped, as in a container, is gone."""
+    deadline = time.monotonic() + _PATIENCE
+    while any(map(_runs, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

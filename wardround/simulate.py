@@ -36,7 +36,6 @@ def index_sites(config: FederationConfig, data: Path, out: Path, threads: int = 
 def simulate(config: FederationConfig, data: Path, out: Path, tracking: str, threads: int = 0) -> RunFolder:
     """Run a federation over the sites of a folder (see `index_sites`), or go on where an earlier call stopped."""
     plan = resolve(config)
-    check_owner(out, plan)
     files = _write_sites(config, plan, data, out, threads)
     run = create(out, plan, {site: f"in-process:{site}" for site in files}, tracking)
     grid = InProcessGrid(client_app, files)
@@ -59,6 +58,7 @@ def choose_sites(config: FederationConfig, data: Path) -> list[str]:
 def _write_sites(config: FederationConfig, plan: Plan, data: Path, out: Path, threads: int) -> dict[str, Path]:
     """Return the `site.toml` of each site that takes part."""
     sites = choose_sites(config, data)
+    check_owner(out, plan)
     return {site: _write_site(out / "sites" / site, site, data, plan.digest, threads) for site in sites}
 
 

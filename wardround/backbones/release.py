@@ -49,6 +49,7 @@ def save_release(recipe: Recipe, state: State, folder: Path, provenance: dict[st
     folder.mkdir(parents=True, exist_ok=True)
     arguments = timm_arguments(recipe.backbone, data)
     save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+    (folder / "model.safetensors").chmod(0o644)  # a release is for others to read; safetensors writes 0600
     hashes = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.safetensors", "config.json")
     }

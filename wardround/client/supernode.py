@@ -32,6 +32,8 @@ _SAYINGS = (
     (r"^site '[^']+'[,:]? (.*)", r"\1"),  # what our own ClientApp logs
 )
 _REASONS = (
+    # Told that it is not known, a SuperNode stops itself as if by Ctrl-C.
+    (r"SuperNode terminated gracefully", "the coordinator was started anew, or this site's clock is wrong"),
     (r"Failed to activate SuperNode", "the coordinator does not know its key, or still counts it as online"),
     (r"certificate verify failed", "the coordinator's certificate is not signed by ca.crt, or is for another address"),
     (r"Name or service not known|nodename nor servname", "the coordinator's host name is not known"),

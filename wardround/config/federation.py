@@ -26,7 +26,7 @@ class MethodConfig(Strict):
     """The self-supervised method and the head it throws away."""
 
     name: Literal["mae"] = Field(default="mae", description="The SSL method.")
-    mask_ratio: float = Field(default=0.75, gt=0.0, lt=1.0, description="Share of patches the encoder never sees.")
+    mask_ratio: float = Field(default=0.75, gt=0.0, lt=1.0, description="Share of patches hidden from the encoder.")
     decoder_dim: int = Field(default=96, ge=16, le=2048, description="Width of the MAE decoder.")
     decoder_depth: int = Field(default=2, ge=1, le=16, description="Number of blocks of the MAE decoder.")
     decoder_heads: int = Field(default=3, ge=1, le=32, description="Attention heads of the MAE decoder.")

@@ -1,1 +1,18 @@
-"""data."""
+"""Images: from a hospital's folder to bytes in memory, each file read once and every one accounted for."""
+
+from wardround.data.hospitals import write_hospitals
+from wardround.data.index import Index, SiteImages, open_site
+from wardround.data.labelled import LabelledImages, channel_constants, labelled_sites, read_labelled
+from wardround.data.procedural import procedural_set
+
+__all__ = [
+    "Index",
+    "LabelledImages",
+    "SiteImages",
+    "channel_constants",
+    "labelled_sites",
+    "open_site",
+    "procedural_set",
+    "read_labelled",
+    "write_hospitals",
+]

@@ -135,18 +135,18 @@ class Cache:
 
     def _take(self, line: dict[str, Any]) -> int:
         """Take one line of the journal; return the row of fresh.bin at which its block ends, 0 for other lines."""
-        if "rows" in line:
-            self._rows = line["rows"]
-        elif "entry" in line:
-            self.entries[line.pop("entry")] = Entry(**line)
-        elif "seen" in line:
-            self.seen[line.pop("seen")] = Seen(**line)
-        else:
-            first, numbers = line["first"], line["numbers"]
-            block = self._fresh_rows()[first : first + len(numbers)]
-            if len(block) == len(numbers) and zlib.crc32(block.tobytes()) == line["crc"]:
-                self._fresh.update({(line["fresh"], number): first + place for place, number in enumerate(numbers)})
-                return int(first + len(numbers))
+        match line:
+            case {"rows": name}:
+                self._rows = name
+            case {"entry": key, **fields}:
+                self.entries[key] = Entry(**fields)
+            case {"seen": file, **fields}:
+                self.seen[file] = Seen(**fields)
+            case {"fresh": key, "numbers": numbers, "first": first, "crc": crc}:
+                block = self._fresh_rows()[first : first + len(numbers)]
+                if len(block) == len(numbers) and zlib.crc32(block.tobytes()) == crc:
+                    self._fresh.update({(key, number): first + place for place, number in enumerate(numbers)})
+                    return int(first + len(numbers))
         return 0
 
     def _rows_are_whole(self) -> bool:

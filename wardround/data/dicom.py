@@ -59,7 +59,7 @@ def read(path: Path, defer_size: int | None = None) -> pydicom.Dataset:
     _refuse_deflate_bomb(path)
     dataset = pydicom.dcmread(path, defer_size=defer_size, force=True)
     if not dataset:
-        raise ReadError("cut off: a DICOM file that ends before its first element")
+        raise ReadError("cut off: the file ends inside an element, its compressed pixels perhaps")
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit, little = dataset.original_encoding  # what pydicom saw in the bytes themselves
         explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
@@ -131,7 +131,7 @@ def _refuse_deflate_bomb(path: Path) -> None:
     """Raise ReadError where a deflated object would take more than _INFLATED bytes: pydicom inflates it whole."""
     with path.open("rb") as file:
         head = file.read(1024)
-        if DeflatedExplicitVRLittleEndian.encode() + b"\0" not in head[:512]:
+        if DeflatedExplicitVRLittleEndian.encode() not in head:
             return
         (meta,) = struct.unpack("<I", head[140:144])  # FileMetaInformationGroupLength, always the first element
         file.seek(144 + meta)

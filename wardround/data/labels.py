@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from wardround.errors import DataError
@@ -22,22 +23,39 @@ class Row:
     label: str
 
 
+def read_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of labels.csv as dictionaries that have at least these columns."""
+    try:
+        with (folder / "labels.csv").open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            header = reader.fieldnames or []
+            if missing := [name for name in columns if name not in header]:
+                raise DataError(
+                    f"{folder.name}/labels.csv: lacks the column '{missing[0]}'; its columns are {', '.join(header)}."
+                )
+            return list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or "not a table in UTF-8"
+        raise DataError(f"{folder.name}/labels.csv: cannot be read: {reason}.") from error
+
+
 def read_rows(folder: Path, label: str | None = None) -> list[Row]:
     """Return the rows of labels.csv in their order; `label` names the column of labels, None reads none.
 
     Raises DataError for a table that is missing, lacks a column, or names a file that is absent, named
     twice or outside the folder. Files may be links; folders on the way to them may not.
     """
-    table, line = _read_table(folder, (*_COLUMNS, label) if label else _COLUMNS), 1
+    table = read_table(folder, (*_COLUMNS, label) if label else _COLUMNS)
     if not table:
         raise DataError(f"{folder.name}/labels.csv: has no row; expected one an image.")
     rows, seen = [], set()
-    root = folder.resolve()
-    for cells in table:
-        line += 1
+    inside = cache(lambda parent: parent.resolve().is_relative_to(folder.resolve()))
+    for line, cells in enumerate(table, start=2):
         where = f"{folder.name}/labels.csv, row {line}"
         name = cells["file"] or ""
-        path = _path_inside(root, folder, name, where)
+        path = _path_in(folder, name, where)
+        if not inside(path.parent):
+            raise DataError(f"{where}: '{name}' lies behind a link to another folder; copy or mount that inside.")
         if name in seen:
             raise DataError(f"{where}: '{name}' is listed twice; keep one row an image.")
         if label and not cells[label]:
@@ -61,30 +79,11 @@ def chosen(rows: Iterable[Row], folder: Path, site: str | None, splits: Sequence
     return found
 
 
-def _read_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Return the rows of labels.csv as dictionaries that have at least these columns."""
-    try:
-        with (folder / "labels.csv").open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
-            header = reader.fieldnames or []
-            if missing := [name for name in columns if name not in header]:
-                raise DataError(
-                    f"{folder.name}/labels.csv: lacks the column '{missing[0]}'; its columns are {', '.join(header)}."
-                )
-            return list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or "not a table in UTF-8"
-        raise DataError(f"{folder.name}/labels.csv: cannot be read: {reason}.") from error
-
-
-def _path_inside(root: Path, folder: Path, name: str, where: str) -> Path:
-    """Return where a file lies. Raises DataError where that is not within the folder, or no file."""
-    parts = PurePosixPath(name).parts
-    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
+def _path_in(folder: Path, name: str, where: str) -> Path:
+    """Return where a file lies. Raises DataError where its name leads out of the folder, or to no file."""
+    pure = PurePosixPath(name)
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise DataError(f"{where}: '{name}' is no path inside the folder; write it relative to labels.csv.")
-    path = folder / name
-    if not path.is_file():
+    if not (path := folder / name).is_file():
         raise DataError(f"{where}: the file '{name}' does not exist; add it, or leave the row out.")
-    if not path.parent.resolve().is_relative_to(root):
-        raise DataError(f"{where}: '{name}' lies behind a link to another folder; copy or mount it inside.")
     return path

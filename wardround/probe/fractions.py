@@ -26,7 +26,7 @@ def draw_fraction(
     for k in np.unique(group):
         order = rng.permutation(np.flatnonzero(group == k))
         before = np.cumsum(sizes[order]) - sizes[order]  # images drawn before each patient's turn
-        drawn[order[before < share * sizes[order].sum()]] = True
+        drawn[order[before < share * sizes[order].sum() - 1e-9]] = True
     for k in np.flatnonzero(counts.sum(axis=0)):  # a class that is nobody's most frequent
         if not counts[drawn, k].any():
             drawn[rng.choice(np.flatnonzero(counts[:, k]))] = True

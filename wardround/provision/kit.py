@@ -58,7 +58,7 @@ def _names(config: FederationConfig, sites: Sequence[str]) -> list[str]:
     """Return the sites to make kits for, every name checked: they become folders."""
     names = list(dict.fromkeys(sites or config.membership.sites))
     if not names:
-        raise ConfigError("no site is named; list them in [membership] sites, or name them on the command line.")
+        raise ConfigError("no site is named; list them in the config's [membership] sites.")
     for name in names:
         if not _is_name(name) or name == "coordinator":
             raise ConfigError(

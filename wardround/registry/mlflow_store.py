@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from wardround.errors import CheckpointError, ConfigError, WardroundError
+from wardround.errors import CheckpointError, ConfigError, TrackingError
 from wardround.registry import release
 from wardround.registry.durable import new_folder
 
@@ -49,10 +49,6 @@ _BATCH = {"metrics": 1000, "params": 100}  # MLflow's limits for one request
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ALIAS = re.compile(r"(?!latest$|v\d+$)[A-Za-z][A-Za-z0-9_-]{0,62}")  # MLflow keeps 'latest' and 'v1' for itself
 _REFERENCE = re.compile(rf"({_NAME.pattern})(?:@({_ALIAS.pattern})|/(\d+))")
-
-
-class TrackingError(WardroundError):
-    """MLflow cannot be reached, or refuses."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +116,7 @@ class Store:
             now = int(time.time() * 1000)
             # Last, since it says that all the rest is there.
             points = [Metric(key, float(value), now, round) for key, value in {**metrics, ROUND: round}.items()]
-            for start in range(0, len(points), _BATCH["metrics"]):
-                client.log_batch(run, metrics=points[start : start + _BATCH["metrics"]])
+            _log_points(client, run, points)
 
     def close_run(self, run: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Mark a run as ended."""
@@ -155,14 +150,14 @@ class Store:
             DIGEST: release.digest(hashes),
             FILES: json.dumps(hashes, sort_keys=True),
         }
-        with self._talk(PATIENT, create=True) as client:
+        with self._talk(QUICK, create=True) as client:
             version = _version_with(client, name, all_tags[DIGEST])
             if version is None:
                 model = self._upload(client, folder, name, run, all_tags[DIGEST])
-                if run is not None and metrics:  # MLflow takes a model's metrics by way of a run only
-                    now = int(time.time() * 1000)
-                    points = [Metric(key, float(value), now, 0, model.model_id) for key, value in metrics.items()]
-                    client.log_batch(run, metrics=points)
+                if run is not None:  # MLflow takes a model's metrics by way of a run only: beside its own curves
+                    now, of = int(time.time() * 1000), model.model_id
+                    points = [Metric(f"release/{key}", float(value), now, 0, of) for key, value in metrics.items()]
+                    _log_points(client, run, points)
                 version = self._new_version(client, model, name, run, all_tags)
             client.set_registered_model_alias(name, alias, version)
         return version
@@ -174,7 +169,7 @@ class Store:
         Raises ConfigError for a reference that names nothing, with the nearest names, and
         CheckpointError for files that differ or a folder that holds something else.
         """
-        with self._talk(PATIENT) as client:
+        with self._talk(QUICK) as client:
             version = _resolve(client, reference)
             expected: release.Hashes = json.loads(version.tags.get(FILES, "{}"))
             if not expected:
@@ -210,7 +205,8 @@ class Store:
         experiment = self._experiment(client, f"releases/{name}")
         found = client.search_logged_models([experiment], f"tags.`{DIGEST}` = '{digest}'")
         model = found[0] if found else client.create_logged_model(experiment, name, run, {DIGEST: digest})
-        client.log_model_artifacts(model.model_id, str(folder))
+        with self._talk(PATIENT):
+            client.log_model_artifacts(model.model_id, str(folder))
         return client.finalize_logged_model(model.model_id, "READY")
 
     def _new_version(self, client: MlflowClient, model: Any, name: str, run: str | None, tags: dict[str, str]) -> str:
@@ -287,6 +283,12 @@ def _check_database(path: Path, create: bool) -> None:
             raise TrackingError(f"MLflow at {path}: there is no such file. Name the one that the federation wrote.")
     except (OSError, sqlite3.Error) as error:
         raise TrackingError(f"MLflow at {path}: cannot be opened: {error}. Name another file.") from error
+
+
+def _log_points(client: MlflowClient, run: str, points: list[Metric]) -> None:
+    """Log metrics in order, in as many requests as MLflow's limit asks for."""
+    for start in range(0, len(points), _BATCH["metrics"]):
+        client.log_batch(run, metrics=points[start : start + _BATCH["metrics"]])
 
 
 def _version_with(client: MlflowClient, name: str, digest: str) -> str | None:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from wardround.data import SiteImages
 from wardround.plan import Cost, Plan
+from wardround.registry.mlflow_store import ModelRow
 
 
 def table(title: str, *columns: str) -> Table:
@@ -74,4 +75,15 @@ def rounds_table(records: Sequence[Mapping[str, Any]]) -> Table:
         made.add_row(
             str(number), f"{loss:.4f}", str(len(sites)), f"{images:,}", f"{record['seconds']:.1f}", f"{megabytes:.1f}"
         )
+    return made
+
+
+def models_table(rows: Sequence[ModelRow]) -> Table:
+    """Return the registered backbones."""
+    made = table("Registered backbones", "name", "version", "aliases", "registered (UTC)", "round", "loss", "digest")
+    for row in rows:
+        loss = f"{row.metrics['loss']:.4f}" if "loss" in row.metrics else ""
+        when = f"{row.when:%Y-%m-%d %H:%M}"
+        round = "" if row.round is None else str(row.round)
+        made.add_row(row.name, row.version, ", ".join(row.aliases), when, round, loss, row.digest[:12])
     return made

@@ -61,7 +61,7 @@ def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator
             ssl_certfile=kit / "server.crt",
             ssl_keyfile=str(kit / "server.key"),
             timeout_keep_alive=60,  # a SuperNode that has nothing to do asks every three seconds
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=1,
             server_header=False,
             log_config=_log_config(log),
             access_log=False,

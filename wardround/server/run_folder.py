@@ -8,6 +8,7 @@ run.json           where it is tracked             rounds/00001/closed.json   wh
 """
 
 import json
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class RunFolder:
     protocol: Protocol
     members: dict[str, str]  # site name -> public key, as text
     tracking: str  # MLflow's URI
+    id: str  # random: tells two runs of one protocol apart in MLflow
 
     @property
     def digest(self) -> str:
@@ -83,9 +85,10 @@ def create(path: Path, plan: Plan, members: dict[str, str], tracking: str) -> Ru
     Raises CheckpointError where the folder belongs to another config. Members and tracking may change.
     """
     check_owner(path, plan)
-    run = RunFolder(path, plan.config, plan.protocol, members, tracking)
+    known = _read(path / "run.json")["id"] if (path / "run.json").exists() else secrets.token_hex(8)
+    run = RunFolder(path, plan.config, plan.protocol, members, tracking, known)
     write_file(path / "members.json", json.dumps(members, indent=2).encode())
-    write_file(path / "run.json", json.dumps({"tracking": tracking}).encode())
+    write_file(path / "run.json", json.dumps({"tracking": tracking, "id": known}).encode())
     write_file(path / "federation.json", plan.config.model_dump_json(indent=2).encode())
     if 0 not in run.committed():
         checkpoint.write(run.round(0) / "checkpoint", Checkpoint(0, plan.digest, plan.state, {}, {}))
@@ -105,7 +108,7 @@ def open_run(path: Path) -> RunFolder:
         parse(_read(path / "federation.json"), FederationConfig, str(path / "federation.json")),
         parse(_read(path / "protocol.json"), Protocol, str(path / "protocol.json")),
         _read(path / "members.json"),
-        _read(path / "run.json")["tracking"],
+        **_read(path / "run.json"),
     )
 
 

@@ -62,15 +62,16 @@ def member_keys(kit: Path, config: FederationConfig) -> dict[str, str]:
 def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1") -> None:
     """Run the rounds that are left of a run folder; its members are the sites that may connect."""
     home = run.path.resolve() / "flower"
-    with (
-        stopped_by_sigterm(),
-        alone(home, "wardround coordinate"),
-        _superlink(run.path, home, kit.resolve()) as link,
-    ):
-        _register(link, run.members)
-        with gate(link.kit, host, port, link.port, link.logs / "gate.log"):
-            print(f"federation '{run.config.name}': sites connect to {host}:{port}; logs in {link.logs}", flush=True)
-            _run(link, run)
+    with stopped_by_sigterm(), alone(home, "wardround coordinate"):
+        with _superlink(run.path, home, kit.resolve()) as link:
+            _register(link, run.members)
+            with gate(link.kit, host, port, link.port, link.logs / "gate.log"):
+                print(
+                    f"federation '{run.config.name}': sites connect to {host}:{port}; logs in {link.logs}", flush=True
+                )
+                _run(link, run)
+        for path in (*home.glob("state.db*"), home / "nodes.json"):
+            path.unlink(missing_ok=True)  # the last updates still stand in it
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,11 @@ def _run(link: Link, run: RunFolder) -> None:
             for line in lines.read():
                 if line.startswith("waiting for "):
                     bar.write(line)
-            for done in range(bar.n + 1, run.committed()[-1] + 1):
-                if bar.disable:
-                    print(f"round {done} of {rounds} committed", flush=True)
+            while done < run.committed()[-1]:
+                done += 1
                 bar.update()
+                if bar.disable:  # no terminal: a container's log, or a test
+                    print(f"round {done} of {rounds} committed", flush=True)
             time.sleep(_POLL)
     _raise_failure(link, number)
 

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from wardround.backbones import save_release
 from wardround.config import FederationConfig
 from wardround.data import procedural_set, read_labelled
+from wardround.errors import TrackingError
 from wardround.registry.durable import write_file
-from wardround.registry.mlflow_store import Store, TrackingError
+from wardround.registry.mlflow_store import Store
 from wardround.registry.versions import versions
 from wardround.report.curves import draw_losses
 from wardround.report.reconstruction import draw_reconstructions
@@ -76,7 +77,9 @@ class Tracking:
         name = self.run.config.name
         number = self.run.committed()[-1]
         tags = {"protocol": self.run.digest, "round": str(number), "method": self.run.config.method.name}
-        self.store.register(folder, name, ALIAS, self.mlflow_run, tags, metrics(self.run.record(number)))
+        # Of the federation only: who may read a release need not see each hospital's figures.
+        public = {name: value for name, value in metrics(self.run.record(number)).items() if "/" not in name}
+        self.store.register(folder, name, ALIAS, self.mlflow_run, tags, public)
         self.store.close_run(self.mlflow_run, "FINISHED")
         return f"{name}@{ALIAS}"
 
@@ -90,7 +93,7 @@ class Tracking:
         """The id of this federation's run in MLflow."""
         config = self.run.config.model_dump(mode="json", exclude={"membership", "evaluation_set"})
         files = {"federation.json": (self.run.path / "federation.json").read_text()}
-        return self.store.open_run(self.run.config.name, self.run.digest, _flat(config), files)
+        return self.store.open_run(self.run.config.name, self.run.digest, _flat(config), files, self.run.id)
 
     @cached_property
     def images(self) -> NDArray[np.uint8] | None:

@@ -1,0 +1,135 @@
+"""The command as a person meets it: wrong input is one line on stderr and exit 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from conftest import ROOT, TINY, merged, to_toml, write_labelled
+
+from wardround import __version__
+
+
+def wardround(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "wardround.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def config(folder: Path, **changes: Any) -> Path:
+    path = folder / "tiny.toml"
+    path.write_text(to_toml(merged(TINY, changes)))
+    return path
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line that a failed command printed."""
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def simulate(folder: Path, data: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
+    store = f"sqlite:///{folder / 'mlflow.db'}"
+    command = ("simulate", config(folder, **changes), "--data", data, "--out", folder / "run", "--tracking", store)
+    return wardround(*command, "--threads", "1")
+
+
+def test_the_version_is_the_packages() -> None:
+    assert wardround("--version").stdout == f"wardround {__version__}\n"
+
+
+def test_check_prints_digest_sizes_and_that_there_is_no_privacy(tmp_path: Path) -> None:
+    done = wardround("check", config(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for words in ("protocol digest", "parameters", "bytes a round and site", "memory", "may be able to reconstruct"):
+        assert words in done.stdout
+
+
+def test_an_unknown_key(tmp_path: Path) -> None:
+    assert "did you mean 'local_steps'?" in error_of(wardround("check", config(tmp_path, training={"local_stops": 3})))
+
+
+def test_a_data_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert "is no folder; give --data" in error_of(simulate(tmp_path, tmp_path / "absent"))
+
+
+def test_a_data_folder_without_a_site(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    assert "neither a labels.csv nor a folder a site" in error_of(simulate(tmp_path, tmp_path / "data"))
+
+
+def test_an_empty_site_folder_and_one_without_a_readable_image_name_the_site(tmp_path: Path) -> None:
+    write_labelled(tmp_path / "data" / "lyon", {"x": 10})
+    (tmp_path / "data" / "oslo").mkdir()
+    assert "site 'oslo'" in error_of(simulate(tmp_path, tmp_path / "data"))
+    (tmp_path / "data" / "oslo" / "broken.dcm").write_bytes(b"DICM")
+    assert "site 'oslo'" in error_of(simulate(tmp_path, tmp_path / "data"))
+
+
+def test_a_site_with_another_channel_count_is_refused_and_converted_only_when_asked(tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data", {"lyon": 20}, channels=3)
+    line = error_of(simulate(tmp_path, data))
+    assert "site 'lyon'" in line and "3 channels" in line
+    assert simulate(tmp_path, data, data={"convert_channels": True}).returncode == 0
+
+
+def test_a_site_in_the_config_that_the_data_lacks(tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data", {"lyon": 20})
+    line = error_of(simulate(tmp_path, data, membership={"sites": {"bern": 1.0}}))
+    assert "'bern' is not in" in line and "which has lyon" in line
+
+
+def test_a_run_folder_of_another_config(tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data", {"lyon": 20})
+    assert simulate(tmp_path, data).returncode == 0
+    line = error_of(simulate(tmp_path, data, training={"learning_rate": 0.5}))
+    assert "belongs to another config (training.learning_rate is 0.001 there, 0.5 here)" in line
+
+
+def test_a_damaged_checkpoint(tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data", {"lyon": 20})
+    assert simulate(tmp_path, data).returncode == 0
+    path = tmp_path / "run" / "rounds" / "00002" / "checkpoint" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "it is damaged. Restore it" in error_of(simulate(tmp_path, data))
+
+
+def test_a_backbone_that_is_not_there_shows_the_nearest_name(tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data", {"lyon": 20})
+    assert simulate(tmp_path, data).returncode == 0
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert "tiny" in error_of(wardround("pull", "tinny@candidate", "--to", tmp_path / "out", "--tracking", store))
+    assert "candidate" in error_of(wardround("pull", "tiny@candidat", "--to", tmp_path / "out", "--tracking", store))
+    assert wardround("pull", "tiny@candidate", "--to", tmp_path / "out", "--tracking", store).returncode == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert "tiny" in wardround("models", "--tracking", store).stdout
+
+
+def test_a_registry_that_cannot_be_reached(tmp_path: Path) -> None:
+    line = error_of(wardround("pull", "x@candidate", "--to", tmp_path / "out", "--tracking", "http://127.0.0.1:9"))
+    assert "127.0.0.1:9" in line
+
+
+def test_debug_shows_the_trace(tmp_path: Path) -> None:
+    done = wardround("--debug", "check", tmp_path / "absent.toml")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_nothing_is_coloured_when_the_output_is_no_terminal(tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data", {"lyon": 20})
+    done = simulate(tmp_path, data)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b[" not in done.stdout + done.stderr
+    assert "\r" not in done.stdout + done.stderr
+
+
+def test_a_folder_of_something_else_is_never_written_into(tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data", {"lyon": 20})
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "thesis.txt").write_text("precious")
+    done = wardround("simulate", config(tmp_path), "--data", data, "--out", tmp_path / "elsewhere")
+    assert "is not empty and no run of Wardround" in error_of(done)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["thesis.txt"]

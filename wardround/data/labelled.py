@@ -1,0 +1,96 @@
+"""Labelled images that a coordinator or a downstream team owns: read whole, for probes and pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from wardround.config.federation import DataConfig
+from wardround.data.facts import ReadError
+from wardround.data.intensities import to_square
+from wardround.data.labels import Row, read_rows, read_table
+from wardround.data.readers import quiet, read_facts, read_frames
+from wardround.errors import DataError
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with what is known of each, in the order of their table."""
+
+    images: NDArray[np.uint8]  # [N, C, S, S], 0..255 means [0, 1]
+    labels: NDArray[np.int64]  # [N], places in classes
+    classes: tuple[str, ...]  # sorted
+    patients: NDArray[np.int64]  # [N], 0..P-1 by first appearance
+    sites: NDArray[np.str_]  # [N]
+    splits: NDArray[np.str_]  # [N]
+
+
+def read_labelled(folder: Path, data: DataConfig, label: str = "label") -> LabelledImages:
+    """Return all images of a labelled folder, of every site and split; `label` names the column.
+
+    Raises DataError for a table that is wrong and for the first image that cannot be read: a set that
+    measures should be whole. Holds N x C x S x S bytes in memory.
+    """
+    rows = read_rows(folder, label)
+    classes = tuple(sorted({row.label for row in rows}))
+    numbers: dict[str, int] = {}
+    # Without a patient, a file is a patient of its own; no patient's name holds a NUL.
+    patients = [numbers.setdefault(row.patient or f"\0{row.file}", len(numbers)) for row in rows]
+    return LabelledImages(
+        images=_read_images(folder, rows, data),
+        labels=np.array([classes.index(row.label) for row in rows], np.int64),
+        classes=classes,
+        patients=np.array(patients, np.int64),
+        sites=np.array([row.site for row in rows]),
+        splits=np.array([row.split for row in rows]),
+    )
+
+
+def labelled_sites(folder: Path) -> list[str]:
+    """Return the distinct values of the column `site` of labels.csv, sorted."""
+    return sorted({cells["site"].strip() for cells in read_table(folder, ("site",))})
+
+
+def channel_constants(folder: Path, data: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return each channel's mean and standard deviation on [0, 1] over the train split of a public folder.
+
+    They go into a federation's config as declared constants: read from a site's own images, they would
+    be a release of their own.
+    """
+    rows = [row for row in read_rows(folder) if row.split == "train"]
+    if not rows:
+        raise DataError(f"{folder.name}/labels.csv: no row has split train, over which the constants are taken.")
+    pixels = _read_images(folder, rows, data)
+    # From the 256 counts of each channel: exact, and without a float copy of all pixels.
+    counts = [np.bincount(pixels[:, channel].reshape(-1), minlength=256) for channel in range(data.channels)]
+    levels = np.arange(256) / 255
+    means = [float(np.average(levels, weights=count)) for count in counts]
+    squares = [
+        float(np.average((levels - mean) ** 2, weights=count)) for mean, count in zip(means, counts, strict=True)
+    ]
+    return tuple(means), tuple(square**0.5 for square in squares)
+
+
+def _read_images(folder: Path, rows: list[Row], data: DataConfig) -> NDArray[np.uint8]:
+    """Return the images of these rows: [N, C, S, S]."""
+    images = np.empty((len(rows), data.channels, data.image_size, data.image_size), np.uint8)
+    with quiet():
+        for place, row in enumerate(tqdm(rows, folder.name, unit="image", disable=None, delay=2, leave=False)):
+            try:
+                images[place] = _read_image(row.path, data)
+            except ReadError as error:
+                raise DataError(f"{folder.name}: '{row.file}': {error}. Mend it, or leave its row out.") from error
+    return images
+
+
+def _read_image(path: Path, data: DataConfig) -> NDArray[np.uint8]:
+    """Return the one image in a file, [C, S, S]."""
+    facts = read_facts(path)
+    if facts.frames != 1:
+        raise ReadError(f"it holds {facts.frames} images, and a row labels one")
+    if facts.channels != data.channels and not data.convert_channels:
+        raise ReadError(f"it has {facts.channels} channels, and [data] channels is {data.channels}")
+    (frame,) = read_frames(path, range(1), data.window)
+    return to_square(frame, data.image_size, data.channels)

@@ -1,0 +1,75 @@
+"""Which images train, choose and test a probe, and what would make the answer worthless."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wardround.data import LabelledImages
+from wardround.errors import DataError
+from wardround.probe import draw_fraction
+
+SPLITS = ("train", "val", "test")
+VAL_SHARE = 0.2  # of the training images, where a set has no validation split
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Places of images in their set, by use; no patient is in two of them."""
+
+    train: NDArray[np.int64]
+    val: NDArray[np.int64]
+    test: NDArray[np.int64]
+    notes: tuple[str, ...]  # what a reader of the result must know
+
+
+def split(images: LabelledImages, seed: int = 0) -> Splits:
+    """Return the splits of a set; where there is no `val`, a fifth of train is taken for it, by patient.
+
+    Raises DataError for a patient in two splits, and for a class that is missing from one.
+    """
+    places = {name: np.flatnonzero(images.splits == name) for name in SPLITS}
+    notes = []
+    if others := len(images.splits) - sum(len(found) for found in places.values()):
+        notes.append(f"{others} images of other splits than train, val and test are left out")
+    _check_patients(images, places)
+    if len(np.unique(images.labels)) < 2:
+        raise DataError(f"evaluation set: all labels are '{images.classes[0]}'; a probe needs two classes at least.")
+    if not len(places["val"]):
+        train = places["train"]
+        _check_classes(images, "train", train)
+        rng = np.random.default_rng([seed, 0])
+        drawn = draw_fraction(images.labels[train], images.patients[train], VAL_SHARE, rng)
+        places["val"], places["train"] = train[drawn], np.delete(train, drawn)
+        patients = len(np.unique(images.patients[places["val"]]))
+        notes.append(f"no split val: {len(drawn)} images of {patients} patients of train serve as it")
+    for name, found in places.items():
+        _check_classes(images, name, found)
+    return Splits(**places, notes=tuple(notes))
+
+
+def _check_patients(images: LabelledImages, places: dict[str, NDArray[np.int64]]) -> None:
+    """Raise DataError, with counts, where patients are in more than one split."""
+    where: dict[int, list[str]] = {}
+    for name, found in places.items():
+        for patient in np.unique(images.patients[found]):
+            where.setdefault(int(patient), []).append(name)
+    shared = Counter(" and ".join(names) for names in where.values() if len(names) > 1)
+    if shared:
+        counts = ", ".join(f"{count} in {names}" for names, count in sorted(shared.items()))
+        raise DataError(
+            f"evaluation set: {shared.total()} of {len(where)} patients are in more than one split ({counts}). "
+            "The score would measure who is recognised; split by patient."
+        )
+
+
+def _check_classes(images: LabelledImages, name: str, found: NDArray[np.int64]) -> None:
+    """Raise DataError where a split lacks a class."""
+    missing = sorted(set(np.unique(images.labels).tolist()) - set(images.labels[found].tolist()))
+    if missing:
+        labels = ", ".join(f"'{images.classes[k]}'" for k in missing[:3])
+        raise DataError(
+            f"evaluation set: of {len(found)} images, split {name} has none of {len(missing)} classes ({labels}). "
+            "Add some, by moving whole patients, or leave the class out."
+        )
