@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast lint setup lock clean
+.PHONY: demo test test-fast lint docs setup lock clean
 
 demo: setup
 	$(BIN)/wardround demo
@@ -20,6 +20,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/python docs/make_reference.py
 
 setup: $(READY)
 

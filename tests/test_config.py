@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT, TINY, merged, tiny, to_toml
 from pydantic.fields import FieldInfo
 
-from wardround.config import FederationConfig, SiteConfig, Strict, parse, read_toml
-from wardround.config.strict import _model_in
+from wardround.config import FederationConfig, SiteConfig, Strict, parse, read_site, read_toml
+from wardround.config.strict import model_in
 from wardround.errors import ConfigError
 
 
@@ -28,7 +28,10 @@ from wardround.errors import ConfigError
         ({"data": {"channels": 3}}, "[data] mean has 1 values for channels = 3; give one a channel"),
         ({"training": {"warmup_steps": 99}}, "[training] warmup_steps = 99: the federation has only 6 steps; lower it"),
         ({"views": {"crop_scale": [0.9, 0.1]}}, "[views] crop_scale = [0.9, 0.1]: expected 0 < smallest <= largest"),
-        ({"method": {"decoder_heads": 3}}, "[method] decoder_dim = 16: expected a multiple of 4 and of decoder_heads"),
+        (
+            {"method": {"decoder_heads": 3}},
+            "[method] decoder_dim = 16: expected a multiple of 4 and of decoder_heads, 3",
+        ),
         ({"privacy": {"unit": "patient"}}, "[privacy] unit = \"patient\": input should be 'none'"),
         (
             {"membership": {"sites": {"../x": 1.0}}},
@@ -87,7 +90,7 @@ def fields_below(model: type[Strict]) -> list[tuple[str, FieldInfo]]:
     found = []
     for name, field in model.model_fields.items():
         found.append((f"{model.__name__}.{name}", field))
-        inner = _model_in(field.annotation)
+        inner = model_in(field.annotation)
         if inner is not None:
             found += fields_below(inner)
     return found
@@ -100,3 +103,15 @@ def test_every_key_has_a_sentence_of_help_and_every_number_a_range(model: type[S
         assert field.description.endswith("."), name
         if field.annotation in (int, float, int | None, float | None):
             assert field.metadata, f"{name} has no range"
+
+
+def test_a_sites_relative_paths_count_from_its_own_file(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text(
+        'format = 1\nname = "lyon"\nwork = "work"\n[images]\nfolder = "/data"\nopt_out = "no.txt"\n'
+    )
+    site = read_site(tmp_path / "site.toml")
+    assert (site.work, site.images.folder, site.images.opt_out) == (
+        tmp_path / "work",
+        Path("/data"),
+        tmp_path / "no.txt",
+    )

@@ -85,9 +85,7 @@ def test_a_modality_table_gives_the_units_that_the_window_is_in(tmp_path: Path) 
     table.LUTDescriptor, table.ModalityLUTType = [4096, 0, 16], "US"
     table.LUTData = (10 * np.arange(4096)).astype("<u2").tobytes()
     stored = RAMP.astype(np.uint16)
-    path = write_dicom(
-        tmp_path / "a.dcm", stored, ModalityLUTSequence=[table], WindowCenter=20475.5, WindowWidth=40951
-    )
+    path = write_dicom(tmp_path / "a.dcm", stored, ModalityLUTSequence=[table], WindowCenter=20475.5, WindowWidth=40951)
     np.testing.assert_allclose(shown(path)[:, :, 0], RAMP / 4095, atol=1e-4)
 
 

@@ -91,7 +91,7 @@ def evaluate(
     source: Annotated[str, typer.Argument(help="A run folder, a pulled backbone's folder, or NAME@alias.")],
     data: Annotated[Path, typer.Option(help="A labelled folder with patient-disjoint splits.")],
     label: Annotated[str, typer.Option(help="The column of labels.csv to predict.")] = "label",
-    draws: Annotated[int, typer.Option(help="Draws of patients at 1 and 10 %% of the labels.", min=1, max=50)] = 5,
+    draws: Annotated[int, typer.Option(help="Draws of patients at 1 and 10 % of the labels.", min=1, max=50)] = 5,
     out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
     tracking: Tracking = None,
 ) -> None:
@@ -169,11 +169,11 @@ def coordinate(
 @site_cli.command("check")
 def site_check(site: SiteFile, config: Config) -> None:
     """Index this site's images as a federation would, and say what cannot be read and why."""
-    from wardround.config import FederationConfig, SiteConfig, read_toml
+    from wardround.config import FederationConfig, read_site, read_toml
     from wardround.data import open_site
     from wardround.report.tables import index_table, quarantine_lines
 
-    own = read_toml(site, SiteConfig)
+    own = read_site(site)
     images = {own.name: open_site(own, read_toml(config, FederationConfig).data)}
     Console().print(index_table(images))
     typer.echo("\n".join(quarantine_lines(images, most=1000)))

@@ -13,7 +13,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from wardround.client.app import app as client_app
-from wardround.config import FederationConfig, SiteConfig, read_toml
+from wardround.config import FederationConfig, read_site
 from wardround.data import SiteImages, labelled_sites, open_site
 from wardround.errors import ConfigError, DataError
 from wardround.plan import Plan, resolve
@@ -29,7 +29,7 @@ def index_sites(config: FederationConfig, data: Path, out: Path, threads: int = 
     Each site gets a `site.toml` and a work folder below `out/sites/`, as it would have at home.
     """
     files = _write_sites(config, resolve(config), data, out, threads)
-    sites = (read_toml(path, SiteConfig) for path in files.values())
+    sites = (read_site(path) for path in files.values())
     return {site.name: open_site(site, config.data) for site in sites}
 
 

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from wardround.client import policy
 from wardround.client.journal import Journal
 from wardround.client.local_round import Machine, local_round
-from wardround.config import SiteConfig, read_toml
+from wardround.config import SiteConfig, read_site
 from wardround.data import open_site
 from wardround.errors import DataError, PolicyRefusal, UpdateError, WardroundError
 from wardround.update import Refusal, Task, state_hash
@@ -26,7 +26,7 @@ CODES: dict[type[Exception], str] = {PolicyRefusal: "policy", UpdateError: "trai
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answer one task with an update or a refusal; nothing that is raised crosses."""
-    site = read_toml(Path(str(context.node_config["site-config"])), SiteConfig)
+    site = read_site(Path(str(context.node_config["site-config"])))
     try:
         answer: bytes | Refusal = run_task(site, records_to_task(message.content))
     except (PolicyRefusal, UpdateError) as error:

@@ -1,7 +1,7 @@
 """Configuration: frozen, unknown keys refused, with digests."""
 
 from wardround.config.federation import FederationConfig, Protocol
-from wardround.config.site import SiteConfig
+from wardround.config.site import SiteConfig, read_site
 from wardround.config.strict import Strict, digest, parse, read_toml
 
-__all__ = ["FederationConfig", "Protocol", "SiteConfig", "Strict", "digest", "parse", "read_toml"]
+__all__ = ["FederationConfig", "Protocol", "SiteConfig", "Strict", "digest", "parse", "read_site", "read_toml"]

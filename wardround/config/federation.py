@@ -38,7 +38,7 @@ class MethodConfig(Strict):
     def _heads_share_the_width(self) -> Self:
         if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
             raise ValueError(
-                f"decoder_dim = {self.decoder_dim}: expected a multiple of 4 and of decoder_heads = {self.decoder_heads}"
+                f"decoder_dim = {self.decoder_dim}: expected a multiple of 4 and of decoder_heads, {self.decoder_heads}"
             )
         return self
 

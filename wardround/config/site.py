@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from wardround.config.strict import Name, Strict
+from wardround.config.strict import Name, Strict, read_toml
 
 
 class ImagesConfig(Strict):
@@ -57,3 +57,16 @@ class SiteConfig(Strict):
     max_trainings_per_round: int = Field(
         default=2, ge=1, le=10, description="How often one round may be trained, restarts after a crash included."
     )
+
+
+def read_site(path: Path) -> SiteConfig:
+    """Return a site's file; its relative paths count from the folder that the file lies in. Raises ConfigError."""
+    site = read_toml(path, SiteConfig)
+    home = path.resolve().parent
+    opt_out = site.images.opt_out and home / site.images.opt_out
+    images = site.images.model_copy(update={"folder": home / site.images.folder, "opt_out": opt_out})
+    changes: dict[str, object] = {"images": images, "work": home / site.work}
+    if (known := site.coordinator) is not None:
+        paths = {"ca_certificate": home / known.ca_certificate, "private_key": home / known.private_key}
+        changes["coordinator"] = known.model_copy(update=paths)
+    return site.model_copy(update=changes)

@@ -81,19 +81,19 @@ def _section(model: type[Strict], path: list[str]) -> type[Strict]:
     """Return the model that stands at a path of keys, as far as the path leads."""
     for key in path:
         field = model.model_fields.get(key)
-        inner = _model_in(field.annotation) if field else None
+        inner = model_in(field.annotation) if field else None
         if inner is None:
             break
         model = inner
     return model
 
 
-def _model_in(annotation: Any) -> type[Strict] | None:
+def model_in(annotation: Any) -> type[Strict] | None:
     """Return the first Strict model inside an annotation such as `Part | None` or `tuple[Part, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, Strict):
         return annotation
     if get_origin(annotation) in (Union, UnionType, tuple, list, Annotated):
         for argument in get_args(annotation):
-            if (inner := _model_in(argument)) is not None:
+            if (inner := model_in(argument)) is not None:
                 return inner
     return None

@@ -119,10 +119,10 @@ def _reasons(part: str) -> Iterator[None]:
     except ReadError:
         raise
     except MemoryError as error:
-        raise ReadError(f"too large: its {part} do not fit into this machine's memory") from error
+        raise ReadError("too large for this machine's memory") from error
     except OSError as error:
         if error.strerror:
             raise ReadError(f"cannot be opened: {error.strerror}") from error
         raise ReadError(f"damaged or cut off: its {part} cannot be read") from error
     except Exception as error:
-        raise ReadError(f"damaged: {type(error).__name__} while its {part} were read") from error
+        raise ReadError(f"damaged: {type(error).__name__} while reading its {part}") from error

@@ -188,13 +188,10 @@ def _run(link: Link, run: RunFolder) -> None:
             ended = stream.poll() is not None
             link.check()
             for line in lines.read():
-                if line.startswith("waiting for "):
+                if line.startswith(("waiting for ", "round ")):  # the ServerApp's own words to a person
                     bar.write(line)
-            while done < run.committed()[-1]:
-                done += 1
-                bar.update()
-                if bar.disable:  # no terminal: a container's log, or a test
-                    print(f"round {done} of {rounds} committed", flush=True)
+            bar.update(run.committed()[-1] - done)
+            done = run.committed()[-1]
             time.sleep(_POLL)
     _raise_failure(link, number)
 

@@ -1,0 +1,74 @@
+"""The documentation is run: every code block, every command, every key."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_labelled
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+KINDS = {"bash", "python", "toml", "text"}  # text: pictures and output, which nothing can run
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Return the fenced code blocks of a page: (language, code)."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_code_block_says_what_it_is(page: Path) -> None:
+    assert {language for language, _ in blocks(page)} <= KINDS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_reference_pages_are_what_the_code_says() -> None:
+    code = (
+        "import pathlib, make_reference as r; "
+        "assert pathlib.Path('docs/commands.md').read_text() == r.commands(), 'commands'; "
+        "assert pathlib.Path('docs/config.md').read_text() == r.config(), 'config'"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "docs")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"run `make docs`: {done.stderr}"
+
+
+def test_the_two_commands_of_the_readme_are_make_targets_that_run_the_main_job_and_the_tests() -> None:
+    commands = [code.strip() for language, code in blocks(ROOT / "README.md") if language == "bash"]
+    assert "make demo\nmake test" in commands
+    plans = {
+        target: subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for target in ("demo", "test")
+    }
+    assert "wardround demo" in plans["demo"]
+    assert "-m pytest" in plans["test"]
+
+
+def scripts() -> list[Path]:
+    return [page for page in PAGES if any(language in ("bash", "python", "toml") for language, _ in blocks(page))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", scripts(), ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
+    """Only running it shows that what a reader pastes works, in the order of the page."""
+    shutil.copytree(ROOT / "federation_configs", tmp_path / "federation_configs")
+    write_labelled(tmp_path / "images", {"lyon": 40, "oslo": 60}, size=32)
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    for language, code in blocks(page):
+        if language == "toml":
+            tomllib.loads(code)
+        elif language in ("bash", "python") and "make " not in code:  # make has a test of its own, above
+            command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

@@ -1,0 +1,128 @@
+"""The door before SuperLink: what a site says passes unchanged, all else does not pass.
+
+An echo over TLS stands in for SuperLink; tests/test_network_smoke.py knocks at the real one.
+"""
+
+import contextlib
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from conftest import tiny
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from wardround.errors import ConfigError
+from wardround.processes import free_port
+from wardround.provision import provision
+from wardround.server.gate import LARGEST_BODY, OPEN, gate
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kits")
+    provision(tiny(), folder, ["lyon"])
+    return folder / "coordinator"
+
+
+async def echo(request: Request) -> Response:
+    """Answer with the body, and with the header that a SuperNode signs with."""
+    answer = {"seen-path": request.url.path, "seen-signature": request.headers.get("flwr-signature", "")}
+    return Response(await request.body(), status_code=int(request.headers.get("wanted", "200")), headers=answer)
+
+
+@contextlib.contextmanager
+def echoing(kit: Path) -> Iterator[int]:
+    port = free_port()
+    app = Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST"])])
+    files = {"ssl_certfile": kit / "server.crt", "ssl_keyfile": str(kit / "server.key")}
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, **files))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield port
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def site(kit: Path) -> Iterator[httpx.Client]:
+    """Give a client that reaches the echo through the gate."""
+    port = free_port()
+    trust = ssl.create_default_context(cafile=kit / "ca.crt")
+    with (
+        echoing(kit) as superlink,
+        gate(kit, "127.0.0.1", port, superlink, kit / "gate.log"),
+        httpx.Client(base_url=f"https://localhost:{port}", verify=trust) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("path", OPEN)
+def test_what_a_site_says_passes_with_its_signature(site: httpx.Client, path: str) -> None:
+    answer = site.post(path, content=b"hello", headers={"flwr-signature": "MEUCIQ=="})
+    assert (answer.status_code, answer.content) == (200, b"hello")
+    assert (answer.headers["seen-path"], answer.headers["seen-signature"]) == (path, "MEUCIQ==")
+
+
+def test_an_object_of_flowers_largest_size_passes_byte_for_byte(site: httpx.Client) -> None:
+    block = bytes(range(256)) * (5 * 2**20 // 256) + b"and its header"
+    assert site.post("/v1/fleet/push-object", content=block).content == block
+
+
+def test_superlinks_refusals_reach_the_site_as_they_are(site: httpx.Client) -> None:
+    assert site.post("/v1/fleet/pull-messages", content=b"x", headers={"wanted": "401"}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/health",
+        "/docs",
+        "/v1/control/start-run",
+        "/v1/runtime/acquire-task",
+        "/v1/fleet/register-node",
+        "/v1/fleet/unregister-node",
+        "/v1/fleet/get-run/",
+        "/v1/fleet/../control/start-run",
+        "/v1/fleet/%2e%2e/control/start-run",
+        "/v1/fleet/get-run/../../control/start-run",
+        "//v1/control/start-run",
+    ],
+)
+def test_nothing_else_passes(site: httpx.Client, path: str) -> None:
+    raw = site.base_url.copy_with(raw_path=path.encode())  # as it stands: httpx would tidy it
+    assert site.post(raw, content=b"x").status_code == 404
+
+
+def test_only_posts_of_a_declared_and_bearable_length_pass(site: httpx.Client) -> None:
+    assert site.get("/v1/fleet/get-run").status_code == 405
+    assert site.post("/v1/fleet/push-object", content=iter([b"of unknown length"])).status_code == 413
+    large = {"content-length": str(LARGEST_BODY + 1)}
+    assert site.post("/v1/fleet/push-object", content=b"", headers=large).status_code == 413
+
+
+def test_a_site_is_told_to_try_again_while_superlink_is_away(kit: Path) -> None:
+    port, nobody = free_port(), free_port()
+    trust = ssl.create_default_context(cafile=kit / "ca.crt")
+    with gate(kit, "127.0.0.1", port, nobody, kit / "gate.log"), httpx.Client(verify=trust) as client:
+        assert client.post(f"https://localhost:{port}{OPEN[0]}", content=b"x").status_code == 502
+
+
+def test_a_port_that_is_taken_is_said_and_not_shared(kit: Path) -> None:
+    port = free_port()
+    with gate(kit, "127.0.0.1", port, 9, kit / "gate.log"):
+        with (
+            pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be listened on"),
+            gate(kit, "127.0.0.1", port, 9, kit / "x.log"),
+        ):
+            pass
