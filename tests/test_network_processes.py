@@ -92,6 +92,15 @@ def test_what_a_killed_owner_left_on_a_folder_is_ended_before_the_next_begins(tm
             assert gone(left.pid)
 
 
+def test_a_shell_that_names_the_folder_itself_is_spared(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    code = "import sys; from pathlib import Path; from wardround.processes import alone\nwith alone(Path(sys.argv[1]), 'x'): print('held')"
+    inner = [sys.executable, "-c", code, str(home)]
+    shell = f"import subprocess; subprocess.run({inner!r}, check=True); print('spared')"
+    said = subprocess.run([sys.executable, "-c", shell], env=environment(home), capture_output=True, check=True)
+    assert said.stdout.split() == [b"held", b"spared"]
+
+
 def test_one_folder_is_held_by_one_process(tmp_path: Path) -> None:
     name = "wardround site run"
     with (

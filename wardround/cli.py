@@ -44,14 +44,19 @@ def root(
 
 
 @cli.command()
-def check(config: Config) -> None:
+def check(
+    config: Config, digest: Annotated[bool, typer.Option("--digest", help="Print the protocol digest alone.")] = False
+) -> None:
     """Say what a config resolves to: protocol digest, sizes, bytes a round, memory and time."""
     from wardround.config import FederationConfig, read_toml
     from wardround.plan import cost, resolve
     from wardround.report.tables import plan_table
 
     plan = resolve(read_toml(config, FederationConfig))
-    Console().print(plan_table(plan, cost(plan)))
+    if digest:
+        typer.echo(plan.digest)
+    else:
+        Console().print(plan_table(plan, cost(plan)))
 
 
 @cli.command()
@@ -157,12 +162,13 @@ def coordinate(
     kit: Annotated[Path, typer.Option(help="The coordinator's folder that `provision` wrote.")],
     out: Out,
     port: Annotated[int, typer.Option(help="The port that sites connect to.", min=1, max=65535)] = 8500,
+    host: Annotated[str, typer.Option(help="The address to listen on for sites; 0.0.0.0 for all.")] = "127.0.0.1",
     tracking: Tracking = None,
 ) -> None:
     """Start the coordinator's server and run the federation's rounds with the sites that connect."""
     from wardround.server.superlink import coordinate
 
-    coordinate(config, kit, out, port, tracking or default_tracking())
+    coordinate(config, kit, out, port, tracking or default_tracking(), host)
     say_next(f"wardround evaluate {out} --data A_LABELLED_FOLDER")
 
 

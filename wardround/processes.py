@@ -114,7 +114,9 @@ def alone(home: Path, name: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(f"{home.parent}: another '{name}' works in it; stop that one first.") from error
-        _kill([process for process in psutil.process_iter() if _home_of(process) == str(home)])
+        ours = psutil.Process()
+        spared = [ours, *ours.parents()]  # a shell may have set FLWR_HOME itself
+        _kill([left for left in psutil.process_iter() if _home_of(left) == str(home) and left not in spared])
         yield
 
 

@@ -99,9 +99,7 @@ def _usable(site: SiteConfig, path: Path) -> CoordinatorConfig:
             raise ConfigError(f"{path}: there is no file '{file}'; put the kit's beside it.")
     key = path.parent / found.private_key
     if stat.S_IMODE(key.stat().st_mode) & 0o077:
-        raise ConfigError(
-            f"{key}: can be read by other accounts; 'chmod 600' it, and ask for a new kit if it was seen."
-        )
+        raise ConfigError(f"{key}: other accounts can read it; 'chmod 600' it, and ask for a new kit if it was seen.")
     return found
 
 

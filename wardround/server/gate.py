@@ -6,6 +6,7 @@ So SuperLink listens on loopback, and this door, which knows ten paths, listens 
 """
 
 import contextlib
+import socket
 import ssl
 import threading
 import time
@@ -21,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from wardround.errors import ConfigError
+from wardround.errors import ConfigError, WardroundError
 from wardround.processes import open_log
 
 # All that a SuperNode with a registered key asks for; SuperLink checks the key on each of them.
@@ -43,7 +44,7 @@ OPEN = tuple(
 )
 LARGEST_BODY = 64 * 2**20  # bytes; Flower's objects have 5 MiB
 _HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host"}  # RFC 9110, 7.6.1
-_STARTUP = 10.0  # seconds
+_PATIENCE = 10.0  # seconds
 
 
 @contextlib.contextmanager
@@ -52,38 +53,37 @@ def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator
 
     Raises ConfigError where the address cannot be listened on.
     """
+    try:
+        door = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"{host}:{port} cannot be listened on: {reason}; free it, or give another one.") from error
     open_log(log).close()  # for its mode
     server = uvicorn.Server(
         uvicorn.Config(
             _app(f"https://127.0.0.1:{superlink}", ssl.create_default_context(cafile=kit / "ca.crt")),
-            host=host,
-            port=port,
             ssl_certfile=kit / "server.crt",
             ssl_keyfile=str(kit / "server.key"),
             timeout_keep_alive=60,  # a SuperNode that has nothing to do asks every three seconds
             timeout_graceful_shutdown=1,
+            ws="none",
             server_header=False,
             log_config=_log_config(log),
             access_log=False,
         )
     )
-    thread = threading.Thread(target=_serve, args=(server,), name="gate", daemon=True)
-    thread.start()
-    deadline = time.monotonic() + _STARTUP
-    while thread.is_alive() and not server.started and time.monotonic() < deadline:
-        time.sleep(0.02)
-    if not server.started:
-        raise ConfigError(f"{host}:{port} cannot be listened on; stop what uses the port, or give another one.")
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        thread.join(_STARTUP)
-
-
-def _serve(server: uvicorn.Server) -> None:
-    with contextlib.suppress(SystemExit):  # uvicorn's answer to a port that is taken
-        server.run()
+    thread = threading.Thread(target=server.run, args=([door],), name="gate", daemon=True)
+    with door:
+        thread.start()
+        try:
+            while not server.started:
+                if not thread.is_alive():
+                    raise WardroundError(f"the gate on {host}:{port} did not open; see {log}.")
+                time.sleep(0.02)
+            yield
+        finally:
+            server.should_exit = True
+            thread.join(_PATIENCE)
 
 
 def _app(superlink: str, trust: ssl.SSLContext) -> Starlette:
