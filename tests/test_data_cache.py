@@ -187,7 +187,7 @@ def index_of(site: SiteConfig) -> list[str]:
 def test_a_salt_that_was_cut_is_refused(site: SiteConfig) -> None:
     open_site(site, SMALL)
     (site.work / "patients.salt").write_bytes(b"short")
-    with pytest.raises(DataError, match="patients.salt in the work folder has 5 bytes, expected 32"):
+    with pytest.raises(DataError, match=r"patients\.salt in the work folder has 5 bytes, expected 32"):
         open_site(site, SMALL)
 
 

@@ -223,6 +223,16 @@ def test_compressed_pixels_that_are_cut_or_flipped_are_refused(tmp_path: Path) -
     assert refusal(flipped).startswith("damaged: its pixel data (JPEG 2000")
 
 
+def test_damaged_run_lengths_are_refused_though_their_decoder_panics(
+    shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    content = (shared_data("dicom") / "pydicom/MR_small_RLE.dcm").read_bytes()
+    start = content.index(b"\xfe\xff\x00\xe0", content.index(b"\xe0\x7f\x10\x00") + 20) + 8 + 64  # after its header
+    path = tmp_path / "a.dcm"
+    path.write_bytes(content[:start] + b"\x81\x00" * 800 + content[start + 1600 :])  # each two bytes become 128
+    assert refusal(path).startswith("damaged: ")
+
+
 def test_a_deflated_file_that_would_fill_the_memory_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,7 +81,9 @@ def test_every_frame_of_the_real_files_is_an_image(shared_data: Callable[[str], 
         folder = tmp_path / name.replace("/", "-")
         folder.mkdir()
         shutil.copy(shared_data("dicom") / name, folder)
-        index = open_site(site_over(folder, tmp_path / "work"), SMALL.model_copy(update={"convert_channels": True})).index
+        index = open_site(
+            site_over(folder, tmp_path / "work"), SMALL.model_copy(update={"convert_channels": True})
+        ).index
         assert index.samples + sum(index.skipped_frames.values()) == frames, name
         assert index.patients == 1
 
@@ -140,7 +142,12 @@ def test_criteria_exclude_by_header_and_count_each_reason(tmp_path: Path) -> Non
     small = {"BodyPartExamined": "CHEST", "ViewPosition": "PA", "StudyDate": "20240501"}
     write_dicom(folder / "small.dcm", some_pixels(9, (20, 11)), **small)
     criteria = CriteriaConfig(
-        modality=("cr",), body_part=("CHEST",), view=("PA", "AP"), date_from="2024-01-01", date_to="2024-12-31", min_side=12
+        modality=("cr",),
+        body_part=("CHEST",),
+        view=("PA", "AP"),
+        date_from="2024-01-01",
+        date_to="2024-12-31",
+        min_side=12,
     )
     index = open_site(site_over(folder, tmp_path / "work"), DataConfig(image_size=16, criteria=criteria)).index
     assert index.excluded == {
@@ -266,9 +273,7 @@ def test_another_number_of_channels_is_refused_unless_the_federation_converts(tm
     assert "1 of 2 images have 1 channel, the federation's [data] channels is 3" in problem(
         folder, tmp_path / "work", colour
     )
-    converted = open_site(
-        site_over(folder, tmp_path / "work"), colour.model_copy(update={"convert_channels": True})
-    )
+    converted = open_site(site_over(folder, tmp_path / "work"), colour.model_copy(update={"convert_channels": True}))
     assert converted.images.shape == (2, 3, 16, 16)
 
 

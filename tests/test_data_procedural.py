@@ -17,19 +17,57 @@ SMALL = DataConfig(image_size=32)
 PATIENTS = 6
 
 # The elements of type 1 in the modules that the two IODs make mandatory (PS3.3 A.2 and A.26).
-TYPE_1 = (
-    "SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality SpecificCharacterSet SamplesPerPixel "
-    "PhotometricInterpretation Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation PixelData ImageType"
-).split()
-TYPE_1_DX = (
-    "PresentationIntentType ImageLaterality AnatomicRegionSequence PixelIntensityRelationship "
-    "PixelIntensityRelationshipSign RescaleIntercept RescaleSlope RescaleType PresentationLUTShape "
-    "LossyImageCompression BurnedInAnnotation PatientOrientation ImagerPixelSpacing WindowCenter WindowWidth"
-).split()
-TYPE_2 = (
-    "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime ReferringPhysicianName StudyID "
-    "AccessionNumber SeriesNumber InstanceNumber Manufacturer BodyPartExamined ViewPosition"
-).split()
+TYPE_1 = [
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "Modality",
+    "SpecificCharacterSet",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "Rows",
+    "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "PixelData",
+    "ImageType",
+]
+TYPE_1_DX = [
+    "PresentationIntentType",
+    "ImageLaterality",
+    "AnatomicRegionSequence",
+    "PixelIntensityRelationship",
+    "PixelIntensityRelationshipSign",
+    "RescaleIntercept",
+    "RescaleSlope",
+    "RescaleType",
+    "PresentationLUTShape",
+    "LossyImageCompression",
+    "BurnedInAnnotation",
+    "PatientOrientation",
+    "ImagerPixelSpacing",
+    "WindowCenter",
+    "WindowWidth",
+]
+TYPE_2 = [
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "ReferringPhysicianName",
+    "StudyID",
+    "AccessionNumber",
+    "SeriesNumber",
+    "InstanceNumber",
+    "Manufacturer",
+    "BodyPartExamined",
+    "ViewPosition",
+]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +149,7 @@ def test_the_set_has_balanced_classes_and_patient_disjoint_splits() -> None:
     assert found.images.shape == (400, 1, 32, 32) and found.classes == ("consolidation", "effusion", "nodule", "normal")
     assert np.bincount(found.labels).tolist() == [100] * 4
     members = [set(found.patients[found.splits == split]) for split in ("train", "val", "test")]
-    assert [len(one) for one in members] == pytest.approx([120, 30, 50], abs=5)
+    assert [len(one) for one in members] == pytest.approx([120, 30, 50], abs=8)
     assert not (members[0] & members[1] or members[0] & members[2] or members[1] & members[2])
     for split in ("train", "val", "test"):
         assert np.bincount(found.labels[found.splits == split]).min() > 0

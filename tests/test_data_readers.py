@@ -92,6 +92,15 @@ def test_colour_volumes_and_absurd_ones_are_refused(tmp_path: Path) -> None:
     assert refusal(cut).startswith("damaged")
 
 
+def test_nibabel_prints_nothing_on_a_header_that_it_mends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_volume(tmp_path / "a.nii", np.arange(27.0).reshape(3, 3, 3))
+    content = bytearray(path.read_bytes())
+    content[254:256] = (41).to_bytes(2, "little")  # sform_code
+    path.write_bytes(content)
+    assert len(shown(path)) == 3
+    assert capfd.readouterr().err == ""
+
+
 def test_freesurfer_volumes_are_read(shared_data: Callable[[str], Path]) -> None:
     slices = shown(shared_data("dicom") / "nifti" / "test.mgz")
     assert len(slices) == 5 and slices[0].shape == (4, 3, 1)

@@ -94,7 +94,7 @@ def test_what_a_killed_owner_left_on_a_folder_is_ended_before_the_next_begins(tm
 
 def test_a_shell_that_names_the_folder_itself_is_spared(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    code = "import sys; from pathlib import Path; from wardround.processes import alone\nwith alone(Path(sys.argv[1]), 'x'): print('held')"
+    code = "import sys, pathlib, wardround.processes as p\nwith p.alone(pathlib.Path(sys.argv[1]), 'x'): print('held')"
     inner = [sys.executable, "-c", code, str(home)]
     shell = f"import subprocess; subprocess.run({inner!r}, check=True); print('spared')"
     said = subprocess.run([sys.executable, "-c", shell], env=environment(home), capture_output=True, check=True)

@@ -11,8 +11,8 @@ import stat
 import time
 from pathlib import Path
 
-from wardround.config import SiteConfig, read_toml
-from wardround.config.site import CoordinatorConfig
+from wardround.config import SiteConfig
+from wardround.config.site import CoordinatorConfig, read_site
 from wardround.errors import ConfigError
 from wardround.processes import NewLines, alone, command, free_port, running, stopped_by_sigterm
 from wardround.registry.durable import write_file
@@ -46,9 +46,9 @@ def run_site(config_path: Path) -> None:
     Raises ConfigError where the site's file, key or certificate cannot be used.
     """
     path = config_path.resolve()
-    site = read_toml(path, SiteConfig)
+    site = read_site(path)
     coordinator = _usable(site, path)
-    work = (path.parent / site.work).resolve()
+    work = site.work.resolve()
     with stopped_by_sigterm(), alone(work / "flower", "wardround site run"):
         while True:
             pause, reason = _connect_once(site, coordinator, path, work)
@@ -82,8 +82,8 @@ def _arguments(coordinator: CoordinatorConfig, path: Path, home: Path) -> list[s
     return command(
         "flower-supernode",
         *("--superlink", coordinator.address),
-        *("--root-certificates", path.parent / coordinator.ca_certificate),
-        *("--auth-supernode-private-key", path.parent / coordinator.private_key),
+        *("--root-certificates", coordinator.ca_certificate),
+        *("--auth-supernode-private-key", coordinator.private_key),
         *("--host", "127.0.0.1", "--port", free_port()),
         *("--node-config", node_config),
     )
@@ -95,9 +95,9 @@ def _usable(site: SiteConfig, path: Path) -> CoordinatorConfig:
     if found is None:
         raise ConfigError(f"{path}: has no [coordinator]; take that section from the kit.")
     for file in (found.ca_certificate, found.private_key):
-        if not (path.parent / file).is_file():
-            raise ConfigError(f"{path}: there is no file '{file}'; put the kit's beside it.")
-    key = path.parent / found.private_key
+        if not file.is_file():
+            raise ConfigError(f"{path}: there is no file '{file.name}'; put the kit's where it says.")
+    key = found.private_key
     if stat.S_IMODE(key.stat().st_mode) & 0o077:
         raise ConfigError(f"{key}: other accounts can read it; 'chmod 600' it, and ask for a new kit if it was seen.")
     return found

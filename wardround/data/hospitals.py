@@ -90,7 +90,7 @@ def acquired(image: Plane, scanner: Scanner, rng: Generator) -> Stored:
     # The detector's range is wider than what the window shows, but for eight bits, which are shown as they are.
     low, high = (0.0, 1.0) if scanner.bits == 8 else (0.15, 0.85)
     stored = np.rint((2**scanner.bits - 1) * np.clip(low + (high - low) * shown, 0, 1))
-    return stored.astype(np.uint8 if scanner.bits == 8 else np.uint16)
+    return np.asarray(stored, np.uint8) if scanner.bits == 8 else np.asarray(stored, np.uint16)
 
 
 def image_object(stored: Stored, scanner: Scanner, seed: int, patient: int, instance: int) -> Dataset:

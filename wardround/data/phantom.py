@@ -84,7 +84,7 @@ def _coordinates(rng: Generator) -> tuple[Plane, Plane]:
 
 def _inside(radius: Plane, softness: float) -> Plane:
     """Return 1 within radius 1 and 0 beyond, with an edge of this softness."""
-    return (1 / (1 + np.exp(np.clip((radius - 1) / softness, -30, 30)))).astype(np.float32)
+    return np.asarray(1 / (1 + np.exp(np.clip((radius - 1) / softness, -30, 30))), np.float32)
 
 
 def _lung(patient: Anatomy, side: int, x: Plane, y: Plane) -> Plane:
@@ -93,7 +93,7 @@ def _lung(patient: Anatomy, side: int, x: Plane, y: Plane) -> Plane:
     apex = 1 - 0.35 * np.clip(-y, 0, 1)
     ellipse = np.hypot((x - side * patient.lung_apart) / (width * apex), (y + 0.05) / height)
     diaphragm = 0.42 + 0.25 * (x - side * patient.lung_apart) ** 2 / width - 0.04 * (side == -1)
-    return _inside(ellipse, 0.06) * _inside(1 + y - diaphragm, 0.02)
+    return np.multiply(_inside(ellipse, 0.06), _inside(1 + y - diaphragm, 0.02))
 
 
 def _skeleton(patient: Anatomy, x: Plane, y: Plane, lungs: Plane) -> Plane:
@@ -103,10 +103,10 @@ def _skeleton(patient: Anatomy, x: Plane, y: Plane, lungs: Plane) -> Plane:
     across = x - patient.spine_tilt * y
     spine = np.exp(-((across / 0.10) ** 2)) * (0.8 + 0.2 * np.sin(2 * np.pi * y / 0.16 + patient.rib_phase))
     clavicles = np.exp(-(((y + 0.62 - 0.25 * (np.abs(x) - 0.3)) / 0.035) ** 2)) * (np.abs(x) < 0.62) * (np.abs(x) > 0.1)
-    return (0.09 * ribs * (0.4 + 0.6 * lungs) + 0.20 * spine + 0.13 * clavicles).astype(np.float32)
+    return np.asarray(0.09 * ribs * (0.4 + 0.6 * lungs) + 0.20 * spine + 0.13 * clavicles, np.float32)
 
 
-def _finding(patient: Anatomy, x: Plane, y: Plane, coarse: Plane, fine: Plane) -> Plane | float:
+def _finding(patient: Anatomy, x: Plane, y: Plane, coarse: Plane, fine: Plane) -> Plane:
     """Return the brightness that the patient's finding adds."""
     side, (across, along) = patient.side, patient.spot
     lung = _lung(patient, side, x, y)
@@ -114,29 +114,28 @@ def _finding(patient: Anatomy, x: Plane, y: Plane, coarse: Plane, fine: Plane) -
     centre_y = -0.05 + along * 0.75 * patient.lung[1]
     if patient.finding == "nodule":
         radius = 0.055 + 0.03 * abs(across)
-        return 0.30 * _inside(np.hypot(x - centre_x, y - centre_y) / radius, 0.12)
+        return np.float32(0.30) * _inside(np.hypot(x - centre_x, y - centre_y) / np.float32(radius), 0.12)
     if patient.finding == "consolidation":
         cloud = np.exp(-(((x - centre_x) / 0.20) ** 2) - ((y - centre_y) / 0.24) ** 2)
-        return 0.34 * lung * np.clip(1.6 * cloud + 0.5 * coarse + 0.35 * fine - 0.45, 0, 1)
+        return np.asarray(0.34 * lung * np.clip(1.6 * cloud + 0.5 * coarse + 0.35 * fine - 0.45, 0, 1), np.float32)
     if patient.finding == "effusion":
         level = 0.22 - 0.22 * along
         meniscus = level - 0.55 * np.clip(side * x - patient.lung_apart, 0, 1) ** 2 / patient.lung[0]
-        return 0.33 * lung * _inside(1 + meniscus - y, 0.025)
-    return 0.0
+        return np.float32(0.33) * lung * _inside(1 + meniscus - y, 0.025)
+    return np.zeros_like(x)
 
 
 def _exposed(image: Plane, x: Plane, y: Plane, rng: Generator) -> Plane:
     """Return the image under a random exposure, with a gradient and, at times, a cable or a marker."""
     if rng.random() < 0.4:  # what lies on the patient says nothing of the finding
         slope, offset = rng.uniform(-1.2, 1.2), rng.uniform(-0.5, 0.5)
-        image = image + 0.2 * np.exp(-(((y - slope * x - offset) / 0.018) ** 2))
+        image = image + np.float32(0.2) * np.exp(-(((y - np.float32(slope) * x - np.float32(offset)) / 0.018) ** 2))
     if rng.random() < 0.4:
         left, top = rng.choice((-0.85, 0.72)), rng.uniform(-0.9, -0.6)
         image = image + 0.5 * ((x > left) & (x < left + 0.12) & (y > top) & (y < top + 0.12))
     slope_x, slope_y = rng.uniform(-0.05, 0.05, 2)
     gamma, gain = rng.uniform(0.8, 1.25), rng.uniform(0.85, 1.1)
-    lit = np.clip(gain * (image + slope_x * x + slope_y * y) + 0.04, 0, 1) ** gamma
-    return lit.astype(np.float32)
+    return np.asarray(np.clip(gain * (image + slope_x * x + slope_y * y) + 0.04, 0, 1) ** gamma, np.float32)
 
 
 def _noise(cells: int, rng: Generator) -> Plane:

@@ -80,6 +80,7 @@ def _starts_with_element(head: bytes) -> bool:
     return head[3 if little else 2] == 0 and (explicit or implicit)
 
 
+_LIBRARIES = ("pydicom", "nibabel", "PIL", "pylibjpeg", "libjpeg", "openjpeg", "rle", "jpeg_ls")
 _QUIET = threading.RLock()
 
 
@@ -90,12 +91,13 @@ def quiet() -> Iterator[None]:
     They would otherwise reach the log of whoever embeds us, tag values included. Warning filters belong
     to the whole process, so only one thread is inside at a time; the workers it starts inherit them.
     """
-    loggers = [logging.getLogger(name) for name in ("pydicom", "nibabel", "PIL")]
+    known = list(logging.root.manager.loggerDict)  # children too: nibabel.global has a handler of its own
+    loggers = [logging.getLogger(name) for name in known if name.split(".")[0] in _LIBRARIES]
     before = [logger.disabled for logger in loggers]
     settings = pydicom.config.settings
     validation = settings.reading_validation_mode
     with _QUIET, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(pydicom|nibabel|PIL|libjpeg|openjpeg)(\.|$)")
+        warnings.filterwarnings("ignore", module=rf"({'|'.join(_LIBRARIES)})(\.|$)")
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         for logger in loggers:
             logger.disabled = True
@@ -124,5 +126,7 @@ def _reasons(part: str) -> Iterator[None]:
         if error.strerror:
             raise ReadError(f"cannot be opened: {error.strerror}") from error
         raise ReadError(f"damaged or cut off: its {part} cannot be read") from error
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic in pylibjpeg-rle's Rust is no Exception
         raise ReadError(f"damaged: {type(error).__name__} while reading its {part}") from error

@@ -5,8 +5,8 @@ RUN/logs/     superlink.log, rounds.log (the ServerApp), gate.log
 """
 
 import contextlib
-import hashlib
 import json
+import re
 import ssl
 import subprocess
 import time
@@ -47,9 +47,7 @@ def member_keys(kit: Path, config: FederationConfig) -> dict[str, str]:
     """Return the public key (PEM) of each site that takes part, from the coordinator's kit."""
     for name in ("ca.crt", "server.crt", "server.key"):
         if not (kit / name).is_file():
-            raise ConfigError(
-                f"{kit}: has no {name}; give --kit the 'coordinator' folder that 'wardround provision' wrote."
-            )
+            raise ConfigError(f"{kit}: has no {name}; give --kit the 'coordinator' folder of 'wardround provision'.")
     found = {path.stem: path for path in sorted((kit / "keys").glob("*.pub"))}
     if missing := sorted(config.membership.sites.keys() - found.keys()):
         raise ConfigError(f"{kit}: has no key of site '{missing[0]}'; make its kit with 'wardround provision'.")
@@ -63,15 +61,15 @@ def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1") -> None
     """Run the rounds that are left of a run folder; its members are the sites that may connect."""
     home = run.path.resolve() / "flower"
     with stopped_by_sigterm(), alone(home, "wardround coordinate"):
+        if not _registered(home, run.members):
+            _forget(home)
         with _superlink(run.path, home, kit.resolve()) as link:
             _register(link, run.members)
             with gate(link.kit, host, port, link.port, link.logs / "gate.log"):
-                print(
-                    f"federation '{run.config.name}': sites connect to {host}:{port}; logs in {link.logs}", flush=True
-                )
+                name = run.config.name
+                print(f"federation '{name}': sites connect to {host}:{port}; logs in {link.logs}", flush=True)
                 _run(link, run)
-        for path in (*home.glob("state.db*"), home / "nodes.json"):
-            path.unlink(missing_ok=True)  # the last updates still stand in it
+        _forget(home)  # the last updates still stand in it
 
 
 @dataclass(frozen=True)
@@ -88,23 +86,20 @@ class Link:
         """Raise WardroundError where it has ended."""
         if (code := self.process.poll()) is not None:
             log = self.logs / "superlink.log"
-            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
-            raise WardroundError(
-                f"Flower's SuperLink ended with {code}: {' / '.join(last)}. See {log}; then start again."
-            )
+            last = " / ".join([line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:])
+            plain = re.sub(r"\x1b\[\d+m", "", last)[-300:]
+            raise WardroundError(f"Flower's SuperLink ended with {code}: {plain}. See {log}; then start again.")
 
     def flwr(self, *arguments: str | Path) -> dict[str, Any]:
         """Return the Flower CLI's answer. Raises WardroundError with what it says where it fails."""
-        done = subprocess.run(
-            command("flwr", *arguments, "--format", "json"),
-            env=environment(self.home),
-            cwd=self.home,
-            capture_output=True,
-            text=True,
-            timeout=_STARTUP,
-        )
+        call = command("flwr", *arguments, "--format", "json")
         try:
+            done = subprocess.run(
+                call, env=environment(self.home), cwd=self.home, capture_output=True, text=True, timeout=_STARTUP
+            )
             answer: dict[str, Any] = json.loads(done.stdout)
+        except subprocess.TimeoutExpired:
+            answer = {"error-message": f"no answer after {_STARTUP:.0f} s"}
         except ValueError:
             answer = {"error-message": done.stderr or done.stdout}
         if not answer.get("success"):  # its exit status is 0 even so
@@ -117,17 +112,11 @@ class Link:
 def _superlink(run: Path, home: Path, kit: Path) -> Iterator[Link]:
     """Start SuperLink on loopback with TLS and SuperNode keys; end it and its ServerApp on leaving."""
     port, logs = free_port(), home.parent / "logs"
+    tls = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
     arguments = command(
         "flower-superlink",
         *("--host", "127.0.0.1", "--port", port),
-        *(
-            "--ssl-ca-certfile",
-            kit / "ca.crt",
-            "--ssl-certfile",
-            kit / "server.crt",
-            "--ssl-keyfile",
-            kit / "server.key",
-        ),
+        *(part for option, name in tls.items() for part in (option, kit / name)),
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
         # On disk, so that sites stay connected, and go on training, while the coordinator is restarted.
@@ -158,19 +147,25 @@ def _wait_until_healthy(link: Link) -> None:
         time.sleep(0.1)
 
 
+def _registered(home: Path, members: dict[str, str]) -> bool:
+    """Return whether SuperLink's database knows exactly these keys."""
+    book = home / "registered.json"
+    return book.exists() and json.loads(book.read_bytes()) == members
+
+
+def _forget(home: Path) -> None:
+    """Begin SuperLink's database anew. It never admits a key again that was taken back, so nothing is taken back."""
+    for path in (home / "registered.json", *home.glob("state.db*")):
+        path.unlink(missing_ok=True)
+
+
 def _register(link: Link, members: dict[str, str]) -> None:
-    """Tell SuperLink the sites' keys, and only these: what has changed since the last start is taken back first."""
-    book = link.home / "nodes.json"
-    known: dict[str, dict[str, str]] = json.loads(book.read_bytes()) if book.exists() else {}
-    keys = {site: hashlib.sha256(key.encode()).hexdigest() for site, key in members.items()}
-    for site in [site for site, node in known.items() if node["key"] != keys.get(site)]:
-        link.flwr("supernode", "unregister", known.pop(site)["node"], _CONNECTION)
-        write_file(book, json.dumps(known).encode())
-    for site in tqdm(sorted(keys.keys() - known.keys()), "keys", unit="site", disable=None, delay=2, leave=False):
-        public = link.kit / "keys" / f"{site}.pub"
-        answer = link.flwr("supernode", "register", public, _CONNECTION, "--name", site)
-        known[site] = {"node": str(answer["node-id"]), "key": keys[site]}
-        write_file(book, json.dumps(known).encode())
+    """Tell SuperLink the sites' keys, unless it has them from an earlier start."""
+    if _registered(link.home, members):
+        return
+    for site in tqdm(sorted(members), "keys", unit="site", disable=None, delay=2, leave=False):
+        link.flwr("supernode", "register", link.kit / "keys" / f"{site}.pub", _CONNECTION, "--name", site)
+    write_file(link.home / "registered.json", json.dumps(members).encode())
 
 
 def _run(link: Link, run: RunFolder) -> None:
@@ -201,7 +196,12 @@ def _raise_failure(link: Link, number: str) -> None:
     (found,) = link.flwr("list", "--run-id", number, _CONNECTION)["runs"]
     if found["status"] != "finished:completed":
         details = str(found["status-details"]).removeprefix("ServerApp failed with exception: ").strip()
-        raise WardroundError((details or f"Flower's run is {found['status']}; see {link.logs}").splitlines()[0])
+        if not details or details.startswith("No heartbeat"):
+            details = (
+                f"the server's process ended without a word; was it killed, or out of memory? See {link.logs}. "
+                "What is committed is kept; start the same command again to go on."
+            )
+        raise WardroundError(details.splitlines()[0])
 
 
 def _pem(path: Path) -> str:
