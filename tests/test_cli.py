@@ -30,9 +30,9 @@ def error_of(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-def simulate(folder: Path, data: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
+def simulate(folder: Path, images: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
     store = f"sqlite:///{folder / 'mlflow.db'}"
-    command = ("simulate", config(folder, **changes), "--data", data, "--out", folder / "run", "--tracking", store)
+    command = ("simulate", config(folder, **changes), "--data", images, "--out", folder / "run", "--tracking", store)
     return wardround(*command, "--threads", "1")
 
 

@@ -68,6 +68,7 @@ def test_each_round_has_a_picture_of_the_coordinators_own_images(whole: RunFolde
 # Where the process kills itself: in which call of which function. The run then starts again from disk.
 KILLS = {
     "while the first state is written": ("wardround.registry.checkpoint.write_file", 2),
+    "while MLflow's database is made": ("os.link", 1),
     "while updates arrive": ("wardround.server.spool.Spool.add", 2),
     "while a site trains": ("wardround.client.local_round.pretrain", 2),
     "between closing and commit": ("wardround.server.rounds.fold", 1),
@@ -101,6 +102,8 @@ def test_killed_and_started_again_it_ends_bit_equal(
     command = ["simulate", str(config), "--data", str(data), "--out", str(tmp_path / "run")]
     command += ["--tracking", store, "--threads", "1"]
     function, call = KILLS[where]
+    if function == "os.link":
+        command[command.index(store)] = f"sqlite:///{tmp_path / 'mlflow.db'}"
     killed = subprocess.run(
         [sys.executable, "-c", KILLER, function, str(call), *command], cwd=ROOT, capture_output=True
     )

@@ -13,6 +13,7 @@ import os
 import re
 import sqlite3
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -238,8 +239,6 @@ class Store:
     @contextlib.contextmanager
     def _talk(self, patience: tuple[int, int], create: bool = False) -> Iterator[MlflowClient]:
         """Give a client whose calls take so many seconds and retries; what fails is a TrackingError."""
-        if self._database is not None:
-            _check_database(self._database, create)
         settings = {
             "MLFLOW_HTTP_REQUEST_TIMEOUT": str(patience[0]),
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(patience[1]),
@@ -251,6 +250,8 @@ class Store:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # MLflow's own use of SQLAlchemy
+                if self._database is not None:
+                    _check_database(self._database, create)
                 yield MlflowClient(self.uri, self.uri)
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise TrackingError(f"MLflow at {self._shown}: {_reason(error)}") from error
@@ -278,11 +279,25 @@ def _check_database(path: Path, create: bool) -> None:
             with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
                 connection.execute("PRAGMA schema_version")
         elif create:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_database(path)
         else:
             raise TrackingError(f"MLflow at {path}: there is no such file. Name the one that the federation wrote.")
     except (OSError, sqlite3.Error) as error:
         raise TrackingError(f"MLflow at {path}: cannot be opened: {error}. Name another file.") from error
+
+
+def _make_database(path: Path) -> None:
+    """Make an empty MLflow database that appears whole or not at all.
+
+    Killed while it makes its tables, MLflow leaves a file that it then refuses for ever ("table logged_models
+    already exists").
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as folder:
+        aside = Path(folder) / path.name
+        MlflowClient(f"sqlite:///{aside}", f"sqlite:///{aside}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was first; its rows stay
+            os.link(aside, path)
 
 
 def _log_points(client: MlflowClient, run: str, points: list[Metric]) -> None:
