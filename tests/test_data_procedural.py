@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
 from wardround.config.federation import DataConfig
-from wardround.data import SiteImages, open_site, procedural_set, write_hospitals
+from wardround.data import SiteImages, open_site, positioning_set, procedural_set, write_hospitals
 
 SMALL = DataConfig(image_size=32)
 PATIENTS = 6
@@ -142,6 +142,18 @@ def test_the_same_seed_writes_the_same_bytes(hospitals: Path, tmp_path: Path) ->
     assert digest(tmp_path / "again") == digest(hospitals)
     write_hospitals(tmp_path / "other", seed=6, patients=PATIENTS)
     assert digest(tmp_path / "other") != digest(hospitals)
+
+
+def test_positions_are_balanced_over_findings_and_patient_disjoint() -> None:
+    found = positioning_set(360, seed=1, data=SMALL)
+    assert found.classes == ("tilted left", "straight", "tilted right")
+    assert np.bincount(found.labels).tolist() == [120, 120, 120]
+    splits = [set(found.patients[found.splits == split]) for split in ("train", "val", "test")]
+    assert sum(map(len, splits)) == len(set.union(*splits)) == 180
+    left, right = (found.images[found.labels == label].mean(0)[0].astype(float) for label in (0, 2))
+    # Tilted to opposite sides, the mean images lean against each other: above and below, left and right.
+    lean = (left - right) * np.sign(np.outer(np.linspace(-1, 1, 32), np.linspace(-1, 1, 32)))
+    assert abs(lean.mean()) > 1
 
 
 def test_the_set_has_balanced_classes_and_patient_disjoint_splits() -> None:

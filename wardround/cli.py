@@ -77,7 +77,7 @@ def simulate(
     sites = index_sites(federation, data, out, threads)
     console.print(index_table(sites))
     for line in quarantine_lines(sites):
-        console.print(line, style="dim", highlight=False)
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
     run = simulate(federation, data, out, tracking or default_tracking(), threads)
     console.print(rounds_table([run.record(n) for n in run.committed()[1:]]))
     say_next(f"wardround evaluate {out} --data {data}", f"wardround pull {federation.name}@candidate --to backbone")

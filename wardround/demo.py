@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from wardround.config import FederationConfig, read_toml
-from wardround.data import procedural_set, write_hospitals
+from wardround.data import positioning_set, write_hospitals
 from wardround.downstream.evaluate import Evaluation, compare
 from wardround.registry.mlflow_store import Store
 from wardround.report.tables import index_table, quarantine_lines, rounds_table, table
@@ -34,7 +34,7 @@ def run_demo(out: Path, tracking: str, console: Console) -> None:
     sites = index_sites(config, hospitals, out)
     console.print(index_table(sites))
     for line in quarantine_lines(sites, most=3):
-        console.print(line, style="dim", highlight=False)
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
 
     console.rule("3 of 5: they pretrain one backbone; only weight updates travel", align="left")
     run = simulate(config, hospitals, out, tracking)
@@ -45,11 +45,13 @@ def run_demo(out: Path, tracking: str, console: Console) -> None:
     backbone = Store(tracking).pull(reference, out / "backbone")
     console.print(f"{reference} -> {backbone}", highlight=False)
 
-    console.rule("5 of 5: and measures it on held-out patients", align="left")
-    evaluation = compare(backbone, procedural_set(900, HELD_OUT_SEED, config.data), fractions=(0.1, 1.0), draws=3)
+    console.rule("5 of 5: and measures it on held-out patients: straight, or tilted to a side?", align="left")
+    evaluation = compare(backbone, positioning_set(900, HELD_OUT_SEED, config.data), fractions=(0.1, 1.0), draws=3)
     console.print(evaluation.table())
     console.print(summary(run, evaluation, time.monotonic() - started))
-    console.print(f"Reconstructions of every round: {out}/pictures   losses: {out}/losses.png", highlight=False)
+    console.print(
+        f"Reconstructions of every round: {out}/pictures   losses: {out}/losses.png", highlight=False, soft_wrap=True
+    )
     if evaluation.score("backbone") <= evaluation.score("random"):
         console.print(
             "The trained encoder did not beat the random one. Please report this as a defect.", style="bold red"
@@ -60,6 +62,7 @@ def run_demo(out: Path, tracking: str, console: Console) -> None:
         "  wardround check federation_configs/smoke.toml\n"
         "  wardround simulate federation_configs/smoke.toml --data A_LABELLED_FOLDER --out runs/smoke",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -3,7 +3,7 @@
 from wardround.data.hospitals import write_hospitals
 from wardround.data.index import Index, SiteImages, open_site
 from wardround.data.labelled import LabelledImages, channel_constants, labelled_sites, read_labelled
-from wardround.data.procedural import procedural_set
+from wardround.data.procedural import positioning_set, procedural_set
 
 __all__ = [
     "Index",
@@ -12,6 +12,7 @@ __all__ = [
     "channel_constants",
     "labelled_sites",
     "open_site",
+    "positioning_set",
     "procedural_set",
     "read_labelled",
     "write_hospitals",

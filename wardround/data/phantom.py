@@ -51,9 +51,9 @@ def draw_anatomy(finding: str, rng: Generator) -> Anatomy:
     )
 
 
-def draw_image(patient: Anatomy, rng: Generator) -> Plane:
-    """Return one exposure of a patient, [128, 128] on [0, 1], in a pose of its own."""
-    x, y = _coordinates(rng)
+def draw_image(patient: Anatomy, rng: Generator, tilt: float | None = None) -> Plane:
+    """Return one exposure of a patient, [128, 128] on [0, 1], in a pose of its own; `tilt` sets its degrees."""
+    x, y = _coordinates(rng, tilt)
     tissue = np.random.default_rng(patient.texture)
     coarse, fine = _noise(6, tissue), _noise(28, tissue)
     body = _inside(np.hypot(x / patient.body[0], (y - 0.15) / patient.body[1]), 0.05)
@@ -72,11 +72,12 @@ def resized(image: Plane, height: int, width: int) -> Plane:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _coordinates(rng: Generator) -> tuple[Plane, Plane]:
+def _coordinates(rng: Generator, tilt: float | None) -> tuple[Plane, Plane]:
     """Return x to the right and y downwards on about [-1, 1], seen in a random pose."""
     line = np.linspace(-1, 1, _GRID, dtype=np.float32)
     x, y = np.meshgrid(line, line)
-    angle, zoom = np.deg2rad(rng.uniform(-9, 9)), rng.uniform(0.88, 1.12)
+    drawn, zoom = rng.uniform(-9, 9), rng.uniform(0.88, 1.12)
+    angle = np.deg2rad(drawn if tilt is None else tilt)
     shift_x, shift_y = rng.uniform(-0.10, 0.10, 2)
     cos, sin = np.float32(np.cos(angle) / zoom), np.float32(np.sin(angle) / zoom)
     return cos * (x - shift_x) - sin * (y - shift_y), sin * (x - shift_x) + cos * (y - shift_y)
