@@ -350,5 +350,6 @@ def test_mlflow_and_timm_alone_load_what_was_registered(store: Store, tmp_path: 
     expected = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
     with torch.inference_mode():
         features = expected.forward_features(torch.linspace(-1, 1, 512).reshape(2, 1, 16, 16))
-    assert torch.equal(torch.load(tmp_path / "features.pt"), features)
+    # Not bit by bit: the other process may use another number of threads.
+    torch.testing.assert_close(torch.load(tmp_path / "features.pt"), features)
     assert release.file_hashes(artifacts(store, "NAME", "1")) == release.file_hashes(folder)  # nothing written into it

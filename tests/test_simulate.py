@@ -120,7 +120,9 @@ def test_ctrl_c_says_how_to_go_on_and_loses_nothing(whole: RunFolder, data: Path
     config.write_text(to_toml(merged(TINY, TINY_KEPT)))
     command = ["simulate", str(config), "--data", str(data), "--out", str(tmp_path / "run")]
     command += ["--tracking", store, "--threads", "1"]
-    interrupt = KILLER.replace("signal.SIGKILL", "signal.SIGINT")
+    # A shell's background job starts with SIGINT ignored; a terminal's does not.
+    interrupt = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + KILLER
+    interrupt = interrupt.replace("signal.SIGKILL", "signal.SIGINT")
     stopped = subprocess.run(
         [sys.executable, "-c", interrupt, KILLS["between closing and commit"][0], "2", *command],
         cwd=ROOT, capture_output=True, text=True,

@@ -69,14 +69,14 @@ def simulate(
 ) -> None:
     """Run a whole federation in this process, over the sites of a folder."""
     from wardround.config import FederationConfig, read_toml
-    from wardround.report.tables import index_table, quarantine_lines, rounds_table
+    from wardround.report.tables import index_table, left_out_lines, rounds_table
     from wardround.simulate import index_sites, simulate
 
     federation = read_toml(config, FederationConfig)
     console = Console()
     sites = index_sites(federation, data, out, threads)
     console.print(index_table(sites))
-    for line in quarantine_lines(sites):
+    for line in left_out_lines(sites):
         console.print(line, style="dim", highlight=False, soft_wrap=True)
     run = simulate(federation, data, out, tracking or default_tracking(), threads)
     console.print(rounds_table([run.record(n) for n in run.committed()[1:]]))
@@ -177,12 +177,12 @@ def site_check(site: SiteFile, config: Config) -> None:
     """Index this site's images as a federation would, and say what cannot be read and why."""
     from wardround.config import FederationConfig, read_site, read_toml
     from wardround.data import open_site
-    from wardround.report.tables import index_table, quarantine_lines
+    from wardround.report.tables import index_table, left_out_lines
 
     own = read_site(site)
     images = {own.name: open_site(own, read_toml(config, FederationConfig).data)}
     Console().print(index_table(images))
-    typer.echo("\n".join(quarantine_lines(images, most=1000)))
+    typer.echo("\n".join(left_out_lines(images, most=1000)))
 
 
 @site_cli.command("run")

@@ -11,7 +11,7 @@ from wardround.config import FederationConfig, read_toml
 from wardround.data import positioning_set, write_hospitals
 from wardround.downstream.evaluate import Evaluation, compare
 from wardround.registry.mlflow_store import Store
-from wardround.report.tables import index_table, quarantine_lines, rounds_table, table
+from wardround.report.tables import index_table, left_out_lines, rounds_table, table
 from wardround.server.run_folder import RunFolder
 from wardround.simulate import index_sites, simulate
 
@@ -33,7 +33,7 @@ def run_demo(out: Path, tracking: str, console: Console) -> None:
     console.rule("2 of 5: each hospital indexes its images", align="left")
     sites = index_sites(config, hospitals, out)
     console.print(index_table(sites))
-    for line in quarantine_lines(sites, most=3):
+    for line in left_out_lines(sites, most=3):
         console.print(line, style="dim", highlight=False, soft_wrap=True)
 
     console.rule("3 of 5: they pretrain one backbone; only weight updates travel", align="left")

@@ -53,11 +53,14 @@ def index_table(sites: Mapping[str, SiteImages]) -> Table:
     return made
 
 
-def quarantine_lines(sites: Mapping[str, SiteImages], most: int = 5) -> list[str]:
-    """Return a line for each of the first quarantined files of each site: these stay at the site."""
+def left_out_lines(sites: Mapping[str, SiteImages], most: int = 5) -> list[str]:
+    """Return why files are left out: counts by criterion, and the first quarantined files. These stay at the site."""
     lines = []
     for site, images in sorted(sites.items()):
-        quarantined = images.index.quarantined
+        index, quarantined = images.index, images.index.quarantined
+        lines += [f"{site}: {count} excluded: {reason}" for reason, count in index.excluded.items()]
+        lines += [f"{site}: {count} frames left out: {reason}" for reason, count in index.skipped_frames.items()]
+        lines += [f"{site}: {index.duplicates} copies of other files"] if index.duplicates else []
         lines += [f"{site}: {path}: {reason}" for path, reason in quarantined[:most]]
         if len(quarantined) > most:
             lines.append(f"{site}: and {len(quarantined) - most} more")
