@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 
 demo: setup
 	$(BIN)/wardround demo
+	@echo '  first, in this shell: export PATH="$(CURDIR)/$(BIN):$$PATH"'
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -61,7 +61,7 @@ def main() -> None:
             ratio = f"{cost['wall'] / result['costs']['floor: raw TCP']['wall']:.1f}"
             numbers = (f"{cost['wall']:.2f}", f"{cost['cpu']:.2f}", f"{cost['memory'] / 1e6:,.0f}", ratio)
             made.add_row(name, f"{result['bytes'] / 1e6:.1f}", way, *numbers)
-    Console().print(made)
+    Console(width=120).print(made)
     report = {"machine": machine(), "versions": versions(), "results": results}
     text = json.dumps(report, indent=2)
     if arguments.out:

@@ -61,6 +61,14 @@ def final(run: RunFolder) -> str:
     return state_hash(run.checkpoint(run.committed()[-1]).state)
 
 
+def cut_before_folding(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End the process once the first round is closed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "fold", lambda *_: (_ for _ in ()).throw(Cut))
+        with pytest.raises(Cut):
+            run_rounds(run, Sites(run), ignore)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the hash of the final state of a run that nobody cut."""
@@ -95,10 +103,7 @@ def test_cut_between_closing_and_commit_folds_the_same_set_without_asking(
     tmp_path: Path, whole: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(rounds, "fold", lambda *_: (_ for _ in ()).throw(Cut))
-        with pytest.raises(Cut):
-            run_rounds(run, Sites(run), ignore)
+    cut_before_folding(run, monkeypatch)
     again = Sites(run)
     run_rounds(open_run(tmp_path / "run"), again, ignore)
     assert all(number == 2 for _, number in again.asked)
@@ -200,10 +205,7 @@ def test_a_spooled_update_that_changed_after_closing_is_not_folded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(rounds, "fold", lambda *_: (_ for _ in ()).throw(Cut))
-        with pytest.raises(Cut):
-            run_rounds(run, Sites(run), ignore)
+    cut_before_folding(run, monkeypatch)
     path = next((tmp_path / "run").rglob("oslo.safetensors"))
     path.write_bytes(path.read_bytes()[:-4] + b"\1\1\1\1")
     with pytest.raises(CheckpointError, match=r"differs from what closed\.json names"):
