@@ -27,6 +27,7 @@ from wardround.errors import ConfigError
         ({"format": 2}, "is of format 2; this Wardround reads format 1. Use the release that wrote it"),
         ({"data": {"channels": 3}}, "[data] mean has 1 values for channels = 3; give one a channel"),
         ({"training": {"warmup_steps": 99}}, "[training] warmup_steps = 99: the federation has only 6 steps; lower it"),
+        ({"evaluation_set": {"kind": "labelled"}}, "[evaluation_set] kind = 'labelled' needs the key 'folder'; add it"),
         ({"views": {"crop_scale": [0.9, 0.1]}}, "[views] crop_scale = [0.9, 0.1]: expected 0 < smallest <= largest"),
         (
             {"method": {"decoder_heads": 3}},

@@ -236,6 +236,12 @@ class EvaluationSetConfig(Strict):
     folder: Path | None = Field(default=None, description="labelled: the folder.")
     count: int = Field(default=64, ge=8, le=100_000, description="procedural: how many images.")
 
+    @model_validator(mode="after")
+    def _labelled_has_a_folder(self) -> Self:
+        if self.kind == "labelled" and self.folder is None:
+            raise ValueError("kind = 'labelled' needs the key 'folder'; add it, or take kind = 'procedural'")
+        return self
+
 
 class FederationConfig(Recipe):
     """One file of `federation_configs/`."""

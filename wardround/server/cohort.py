@@ -7,7 +7,7 @@ from wardround.errors import ConfigError
 from wardround.update import Declared
 
 
-def choose(config: FederationConfig, members: Sequence[str]) -> list[str]:
+def choose(members: Sequence[str]) -> list[str]:
     """Return the sites of a round, by name: all of them."""
     return sorted(members)
 

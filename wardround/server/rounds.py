@@ -56,7 +56,7 @@ def collect(run: RunFolder, last: Checkpoint, spool: Spool, number: int, ask: As
     """Return the decision on a round: ask whoever has not answered, check and keep what comes, close."""
     asked = spool.cohort()
     if asked is None:
-        asked = cohort.choose(run.config, list(run.members))
+        asked = cohort.choose(list(run.members))
         spool.open(asked)
     missing = sorted(set(asked) - set(spool.arrived()))
     refused: dict[str, Refusal] = {}

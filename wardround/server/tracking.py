@@ -129,7 +129,7 @@ def evaluation_images(config: FederationConfig) -> NDArray[np.uint8] | None:
     chosen = config.evaluation_set
     if chosen is None:
         return None
-    if chosen.kind == "labelled" and chosen.folder is not None:
+    if chosen.folder is not None and chosen.kind == "labelled":  # the config sees to it that the folder is named
         return read_labelled(chosen.folder, config.data).images
     return procedural_set(chosen.count, config.seed, config.data).images
 
