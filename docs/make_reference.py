@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from wardround.cli import cli
 from wardround.config import FederationConfig, SiteConfig, Strict
-from wardround.config.strict import model_in
+from wardround.config.strict import kind_of, models_in
 
 HERE = Path(__file__).parent
 SIGNS = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt: ("below", "lt")}
@@ -40,13 +40,14 @@ def config() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _section(model: type[Strict], name: str) -> list[str]:
-    lines = [f"### `[{name}]`", "", (model.__doc__ or "").strip().split("\n")[0], ""] if name else []
+def _section(model: type[Strict], name: str, chosen: str = "") -> list[str]:
+    lines = [f"### `[{name}]{chosen}`", "", (model.__doc__ or "").strip().split("\n")[0], ""] if name else []
     parts = []
     for key, field in model.model_fields.items():
-        inner = model_in(field.annotation)
-        if inner is not None:
-            parts += _section(inner, f"{name}.{key}" if name else key)
+        if inner := models_in(field.annotation):
+            for kind in inner:
+                chosen = f' name = "{kind_of(kind)}"' if len(inner) > 1 else ""
+                parts += _section(kind, f"{name}.{key}" if name else key, chosen)
             continue
         default = "required" if field.default is PydanticUndefined else f"default `{field.default!r}`"
         bounds = [(*SIGNS[type(bound)], bound) for bound in field.metadata if type(bound) in SIGNS]

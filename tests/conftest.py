@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {
     "name": "tiny",
     "seed": 3,
     "backbone": {"patch_size": 8, "depth": 1},
-    "method": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "method": {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
     "data": {"image_size": 16},
     "training": {"rounds": 2, "local_steps": 3, "batch_size": 4},
 }
@@ -38,8 +38,12 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiny(**changes: Any) -> FederationConfig:
-    """Return a federation that trains in a moment."""
-    return parse(merged(TINY, changes), FederationConfig, "tiny")
+    """Return a federation that trains in a moment; another method or backbone brings its own settings alone."""
+    base = dict(TINY)
+    for section in ("method", "backbone"):
+        if changes.get(section, {}).get("name") not in (None, base[section].get("name")):
+            base[section] = {}
+    return parse(merged(base, changes), FederationConfig, "tiny")
 
 
 def to_toml(tree: dict[str, Any], section: str = "") -> str:

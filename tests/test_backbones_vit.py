@@ -53,8 +53,8 @@ def test_a_release_states_its_own_normalisation_and_hashes(tmp_path: Path) -> No
     [
         ({"patch_size": 7}, "patch_size = 7 does not divide [data] image_size = 16"),
         ({"name": "vit_tiny_patch16_223"}, "'vit_tiny_patch16_223': is no architecture of timm"),
-        ({"name": "resnet18"}, "is no plain ViT"),
-        ({"name": "vit_small_patch14_reg4_dinov2"}, "is no plain ViT"),
+        ({"name": "resnet18", "patch_size": 4}, "patch_size and depth are keys of ViTs; 'resnet18' is none"),
+        ({"name": "vit_small_patch14_reg4_dinov2", "patch_size": 8}, "is no plain ViT"),
     ],
 )
 def test_what_is_no_plain_vit_is_refused_with_the_reason(backbone: dict[str, object], words: str) -> None:

@@ -8,7 +8,7 @@ from conftest import ROOT, TINY, merged, tiny, to_toml
 from pydantic.fields import FieldInfo
 
 from wardround.config import FederationConfig, SiteConfig, Strict, parse, read_site, read_toml
-from wardround.config.strict import model_in
+from wardround.config.strict import models_in
 from wardround.errors import ConfigError
 
 
@@ -33,6 +33,10 @@ from wardround.errors import ConfigError
             {"method": {"decoder_heads": 3}},
             "[method] decoder_dim = 16: expected a multiple of 4 and of decoder_heads, 3",
         ),
+        ({"method": {"mask_ration": 0.5}}, "[method] unknown key 'mask_ration'; did you mean 'mask_ratio'?"),
+        ({"method": {"name": "simcrl"}}, "[method] name = 'simcrl': did you mean 'simclr'?"),
+        ({"method": {"name": "pirl"}}, "[method] name = 'pirl': expected one of mae, simclr, moco, byol"),
+        ({"method": {"name": "simclr"}}, "[method] unknown key 'decoder_dim'; did you mean 'hidden_dim'?"),
         ({"privacy": {"unit": "patient"}}, "[privacy] unit = \"patient\": input should be 'none'"),
         (
             {"membership": {"sites": {"../x": 1.0}}},
@@ -45,6 +49,11 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_it(change: dict[str, An
         parse(merged(TINY, change), FederationConfig, "x.toml")
     assert str(caught.value).startswith(f"x.toml: {words}")
     assert "\n" not in str(caught.value)
+
+
+def test_a_method_without_its_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"x\.toml: \[method\] the key 'name' is missing; add it"):
+        parse({**TINY, "method": {"decoder_dim": 16}}, FederationConfig, "x.toml")
 
 
 def test_several_problems_are_counted() -> None:
@@ -91,8 +100,7 @@ def fields_below(model: type[Strict]) -> list[tuple[str, FieldInfo]]:
     found = []
     for name, field in model.model_fields.items():
         found.append((f"{model.__name__}.{name}", field))
-        inner = model_in(field.annotation)
-        if inner is not None:
+        for inner in models_in(field.annotation):
             found += fields_below(inner)
     return found
 

@@ -50,10 +50,12 @@ def resolve(config: FederationConfig) -> Plan:
 def architecture(recipe: Recipe) -> Layout:
     """Return names, shapes and dtypes of the state that a recipe leads to."""
     with torch.device("meta"):  # shapes alone: no memory and no time for weights
-        return {
-            name: (tuple(t.shape), str(t.dtype).removeprefix("torch."))
-            for name, t in methods.build(recipe).state_dict().items()
-        }
+        method = methods.build(recipe)
+    tensors = method.state_dict()
+    return {
+        name: (tuple(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch."))
+        for name in methods.travelling(method)
+    }
 
 
 def cost(plan: Plan, steps: int = 3) -> Cost:

@@ -5,17 +5,17 @@ leaf layer that only adds its parameter, the position table is a constant, and t
 `nn.LayerNorm` (timm's own subclass escapes Opacus's samplers, which match on the exact type).
 """
 
-import difflib
 from functools import partial
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from timm.models import is_model_in_modules
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from wardround.backbones.backbone import Backbone
 from wardround.config.federation import BackboneConfig, DataConfig
 from wardround.errors import ConfigError
 from wardround.update import State
@@ -35,7 +35,7 @@ class Token(nn.Module):
         return x + self.weight
 
 
-class ViT(nn.Module):
+class ViT(Backbone):
     """A ViT with fixed sine-cosine positions, whose encoder takes any subset of the patch tokens."""
 
     positions: Tensor  # [N, D], a constant
@@ -46,16 +46,39 @@ class ViT(nn.Module):
         self.grid: tuple[int, int] = source.patch_embed.grid_size
         self.patch: int = source.patch_embed.patch_size[0]
         self.patch_embed = source.patch_embed
+        self.patch_embed.strict_img_size = False  # small crops and early rounds are smaller than the image
         self.class_token = Token(self.dim)
         self.blocks = source.blocks
         self.norm = source.norm
         self.register_buffer("positions", sincos_positions(self.dim, self.grid), persistent=False)
         initialise(self)
 
+    def features(self, images: Tensor) -> Tensor:
+        """Return the mean over the patch tokens: [B, C, S, S] -> [B, D]."""
+        return self.encode(self.embed(images))[:, 1:].mean(1)
+
+    def stages(self) -> list[list[str]]:
+        """Return the embedding, each block, and the final norm."""
+        places = {"patch_embed": 0, "class_token": 0, "norm": len(self.blocks) + 1}
+        stages: list[list[str]] = [[] for _ in range(len(self.blocks) + 2)]
+        for name, _ in self.named_parameters():
+            first, second, *_ = name.split(".")
+            stages[int(second) + 1 if first == "blocks" else places[first]].append(name)
+        return stages
+
     def embed(self, images: Tensor) -> Tensor:
         """Return the patch tokens with their positions: [B, C, S, S] -> [B, N, D]."""
-        tokens: Tensor = self.patch_embed(images) + self.positions
-        return tokens
+        tokens: Tensor = self.patch_embed(images)
+        return tokens + self.positions_at((images.shape[2] // self.patch, images.shape[3] // self.patch))
+
+    def positions_at(self, grid: tuple[int, int]) -> Tensor:
+        """Return the position table of a grid, interpolated where it is not the backbone's own: [N, D]."""
+        if grid == self.grid:
+            return self.positions
+        table: Tensor = resample_abs_pos_embed(self.positions[None], list(grid), list(self.grid), num_prefix_tokens=0)[
+            0
+        ]
+        return table
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Prepend the class token and run the blocks: [B, T, D] -> [B, 1 + T, D]."""
@@ -67,17 +90,11 @@ class ViT(nn.Module):
         return out
 
 
-def build(backbone: BackboneConfig, data: DataConfig) -> ViT:
+def build_vit(backbone: BackboneConfig, data: DataConfig) -> ViT:
     """Return the encoder as it is trained. Raises ConfigError for what no ViT can be."""
-    if not timm.is_model(backbone.name):
-        near = difflib.get_close_matches(backbone.name, timm.list_models("vit_*"), n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "timm.list_models('vit_*') shows what there is."
-        raise ConfigError(f"[backbone] name = '{backbone.name}': is no architecture of timm; {hint}")
     refusal = ConfigError(
         f"[backbone] name = '{backbone.name}': is no plain ViT with one class token; take one of vit_*."
     )
-    if not is_model_in_modules(backbone.name, {"vision_transformer"}):
-        raise refusal
     source = timm.create_model(
         backbone.name, **timm_arguments(backbone, data), num_classes=0, norm_layer=partial(nn.LayerNorm, eps=1e-6)
     )
@@ -90,14 +107,15 @@ def build(backbone: BackboneConfig, data: DataConfig) -> ViT:
 
 def timm_arguments(backbone: BackboneConfig, data: DataConfig) -> dict[str, Any]:
     """Return what stock timm needs to build the same architecture. Raises ConfigError where sizes do not fit."""
-    if data.image_size % backbone.patch_size:
+    patch_size = backbone.patch_size or _own_patch_size(backbone.name)
+    if data.image_size % patch_size:
         raise ConfigError(
-            f"[backbone] patch_size = {backbone.patch_size} does not divide [data] image_size = {data.image_size}; "
+            f"[backbone] patch_size = {patch_size} does not divide [data] image_size = {data.image_size}; "
             "choose a divisor."
         )
     arguments: dict[str, Any] = {
         "img_size": data.image_size,
-        "patch_size": backbone.patch_size,
+        "patch_size": patch_size,
         "in_chans": data.channels,
         "global_pool": "avg",  # the mean over patches probes better than a class token that MAE never trains
         "fc_norm": False,  # keeps the trained final norm before the pooling
@@ -107,9 +125,15 @@ def timm_arguments(backbone: BackboneConfig, data: DataConfig) -> dict[str, Any]
     return arguments
 
 
+def _own_patch_size(name: str) -> int:
+    """Return the edge of the patches that an architecture has in timm."""
+    with torch.device("meta"):
+        return int(timm.create_model(name, num_classes=0).patch_embed.patch_size[0])
+
+
 def timm_state(state: State, backbone: BackboneConfig, data: DataConfig) -> dict[str, Tensor]:
     """Return a state's backbone under stock timm's names: the same numbers, the head left behind."""
-    size = data.image_size // backbone.patch_size
+    size = data.image_size // (backbone.patch_size or _own_patch_size(backbone.name))
     class_token = state[CLASS_TOKEN]  # [D]
     patches = sincos_positions(class_token.shape[0], (size, size))  # [N, D]
     named = {

@@ -11,36 +11,33 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from wardround.config.method import MAEConfig, MethodConfig
 from wardround.config.strict import Name, Strict, digest
 
 
 class BackboneConfig(Strict):
     """The network that is kept."""
 
-    name: str = Field(default="vit_tiny_patch16_224", description="A timm architecture of a supported family.")
-    patch_size: int = Field(default=16, ge=2, le=64, description="Edge of a ViT patch in pixels.")
-    depth: int | None = Field(default=None, ge=1, le=64, description="Number of blocks, where not the architecture's.")
-
-
-class MethodConfig(Strict):
-    """The self-supervised method and the head it throws away."""
-
-    name: Literal["mae"] = Field(default="mae", description="The SSL method.")
-    mask_ratio: float = Field(default=0.75, gt=0.0, lt=1.0, description="Share of patches hidden from the encoder.")
-    decoder_dim: int = Field(default=96, ge=16, le=2048, description="Width of the MAE decoder.")
-    decoder_depth: int = Field(default=2, ge=1, le=16, description="Number of blocks of the MAE decoder.")
-    decoder_heads: int = Field(default=3, ge=1, le=32, description="Attention heads of the MAE decoder.")
-    normalised_pixels: bool = Field(
-        default=True, description="Predict each patch minus its mean over its standard deviation."
+    name: str = Field(
+        default="vit_tiny_patch16_224",
+        description="A timm architecture of a supported family, or a volume's network such as monai_vit.",
     )
-
-    @model_validator(mode="after")
-    def _heads_share_the_width(self) -> Self:
-        if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
-            raise ValueError(
-                f"decoder_dim = {self.decoder_dim}: expected a multiple of 4 and of decoder_heads, {self.decoder_heads}"
-            )
-        return self
+    patch_size: int | None = Field(
+        default=None, ge=2, le=64, description="ViT: edge of a patch in pixels, where not the architecture's."
+    )
+    depth: int | None = Field(
+        default=None, ge=1, le=64, description="ViT: number of blocks, where not the architecture's."
+    )
+    norm: Literal["group", "batch"] = Field(
+        default="group",
+        description="What stands where the family has batch normalisation. group: group normalisation. batch: batch "
+        "statistics, which couple patients: only without differential privacy.",
+    )
+    batch_norm: Literal["silobn", "fedbn"] = Field(
+        default="silobn",
+        description="norm = batch: what stays at the site. silobn: the statistics. fedbn: scale and shift too.",
+    )
+    frozen_stages: int = Field(default=0, ge=0, le=64, description="How many first stages are not trained.")
 
 
 class ViewsConfig(Strict):
@@ -127,6 +124,14 @@ class TrainingConfig(Strict):
     optimiser_state: Literal["fresh", "kept"] = Field(
         default="kept", description="Whether a site's moments start anew in each round or are part of its site memory."
     )
+    teacher_state: Literal["fresh", "kept"] = Field(
+        default="kept",
+        description="Whether a site's teacher starts from the incoming state in each round or is part of its site "
+        "memory; for methods that have one.",
+    )
+    layer_decay: float = Field(
+        default=1.0, gt=0.0, le=1.0, description="Each stage learns at this share of the rate of the stage above it."
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="bfloat16: forward and backward under autocast; weights stay float32."
     )
@@ -175,7 +180,7 @@ class Recipe(Strict):
     name: Name = Field(description="The federation's name.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="The experiment's seed; never that of DP noise.")
     backbone: BackboneConfig = Field(default=BackboneConfig(), description="The network that is kept.")
-    method: MethodConfig = Field(default=MethodConfig(), description="The self-supervised method.")
+    method: MethodConfig = Field(default=MAEConfig(), description="The self-supervised method.")
     views: ViewsConfig = Field(default=ViewsConfig(), description="Augmentation.")
     data: DataConfig = Field(default=DataConfig(), description="Images as the network sees them.")
     training: TrainingConfig = Field(description="A site's work in a round.")

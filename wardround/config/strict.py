@@ -6,7 +6,7 @@ import json
 import tomllib
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
@@ -59,13 +59,21 @@ def digest(model: Strict) -> str:
 
 def _problem(problem: Any, model: type[Strict]) -> str:
     """Return one validation error as who, found, expected, remedy."""
-    *parents, key = [str(part) for part in problem["loc"]] or ["the file"]
+    model, path = _section(model, [str(part) for part in problem["loc"]] or ["the file"])
+    *parents, key = path
     section = f"[{'.'.join(parents)}] " if parents else ""
     if problem["type"] == "extra_forbidden":
-        known = list(_section(model, parents).model_fields)
+        known = list(model.model_fields)
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"{section}unknown key '{key}'; {remedy}"
+    if problem["type"] == "union_tag_not_found":  # a section that `loc` names whole lacks the key that tells its kind
+        return f"[{'.'.join(path)}] the key 'name' is missing; add it"
+    if problem["type"] == "union_tag_invalid":
+        found, tags = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "").split(", ")
+        near = difflib.get_close_matches(found, tags, n=1, cutoff=0.5)
+        remedy = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(tags)}"
+        return f"[{'.'.join(path)}] name = '{found[:80]}': {remedy}"
     if problem["type"] == "missing":
         return f"{section}the key '{key}' is missing; add it"
     if problem["type"] == "value_error":  # raised by a validator of the section that `loc` names whole
@@ -77,23 +85,31 @@ def _problem(problem: Any, model: type[Strict]) -> str:
     return f"{section}{key} = {found[:80]}: {expected}"
 
 
-def _section(model: type[Strict], path: list[str]) -> type[Strict]:
-    """Return the model that stands at a path of keys, as far as the path leads."""
-    for key in path:
+def _section(model: type[Strict], loc: list[str]) -> tuple[type[Strict], list[str]]:
+    """Return the model that holds the last key of an error's location, and the keys as the file has them."""
+    path: list[str] = []
+    inner: dict[str, type[Strict]] = {}  # the models that the key before leads to, by their kind
+    for key in loc:
+        if key in inner and len(inner) > 1:  # pydantic puts the kind of a section after its key; the file does not
+            inner = {key: inner[key]}
+            continue
+        model = next(iter(inner.values()), model)
+        path.append(key)
         field = model.model_fields.get(key)
-        inner = model_in(field.annotation) if field else None
-        if inner is None:
-            break
-        model = inner
-    return model
+        inner = {kind_of(found): found for found in models_in(field.annotation)} if field else {}
+    return model, path
 
 
-def model_in(annotation: Any) -> type[Strict] | None:
-    """Return the first Strict model inside an annotation such as `Part | None` or `tuple[Part, ...]`."""
+def models_in(annotation: Any) -> list[type[Strict]]:
+    """Return the Strict models inside an annotation such as `Part | None` or `tuple[Part, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, Strict):
-        return annotation
+        return [annotation]
     if get_origin(annotation) in (Union, UnionType, tuple, list, Annotated):
-        for argument in get_args(annotation):
-            if (inner := model_in(argument)) is not None:
-                return inner
-    return None
+        return [model for argument in get_args(annotation) for model in models_in(argument)]
+    return []
+
+
+def kind_of(model: type[Strict]) -> str:
+    """Return the one value that a model's `name` may have, or nothing where it is no kind of a section."""
+    field = model.model_fields.get("name")
+    return str(get_args(field.annotation)[0]) if field and get_origin(field.annotation) is Literal else ""

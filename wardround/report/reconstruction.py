@@ -50,7 +50,7 @@ def _panels(method: MAE, recipe: Recipe, images: Tensor, order: Tensor) -> tuple
     pixels = patchify(images, patch)  # [N, T, P * P * C]
     predicted = method.predict(normalise(images, recipe.data), order)
     target = patchify(normalise(images, recipe.data), patch)
-    if recipe.method.normalised_pixels:
+    if method.settings.normalised_pixels:
         # The network predicts each patch up to brightness and contrast; for the eye they are put back.
         predicted = predicted * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
     std = torch.tensor(recipe.data.std).view(1, channels, 1, 1)

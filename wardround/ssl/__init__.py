@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from wardround.config.federation import Recipe
 from wardround.ssl.mae import MAE
 from wardround.ssl.method import Method
-from wardround.update import State
+from wardround.ssl.travel import get_site_tensors, get_state, set_site_tensors, set_state, travelling
 
 METHODS: dict[str, Callable[[Recipe], Method]] = {"mae": MAE}
 
@@ -20,14 +19,4 @@ def build(recipe: Recipe) -> Method:
         return METHODS[recipe.method.name](recipe)
 
 
-def get_state(method: Method) -> State:
-    """Return a copy of what travels: every parameter of backbone and head, float32."""
-    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in method.state_dict().items()}
-
-
-def set_state(method: Method, state: State) -> None:
-    """Load what travels into the module, in place; names and shapes are those of `get_state`."""
-    method.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
-
-
-__all__ = ["METHODS", "Method", "build", "get_state", "set_state"]
+__all__ = ["METHODS", "Method", "build", "get_site_tensors", "get_state", "set_site_tensors", "set_state", "travelling"]

@@ -9,8 +9,9 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from wardround.backbones import Token, ViT, build, initialise, sincos_positions
-from wardround.config.federation import MethodConfig, Recipe
+from wardround.backbones import Token, ViT, initialise, sincos_positions
+from wardround.config.federation import Recipe
+from wardround.config.method import MAEConfig
 from wardround.ssl.method import Method
 from wardround.ssl.views import augment, normalise
 
@@ -20,12 +21,11 @@ class MAE(Method):
 
     backbone: ViT
     head: "Decoder"
-    coupled = False  # an image's loss depends on no other image of the batch
 
     def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.backbone = build(recipe.backbone, recipe.data)
+        super().__init__(recipe)
+        assert isinstance(recipe.method, MAEConfig)
+        self.settings = recipe.method
         self.head = Decoder(self.backbone, recipe.method, recipe.data.channels)
 
     def prepare(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -33,9 +33,13 @@ class MAE(Method):
         views = normalise(augment(images, self.recipe.views, generator), self.recipe.data)
         return views, random_order(len(images), self.head.tokens, generator).to(images.device)
 
-    def forward(self, views: Tensor, order: Tensor) -> Tensor:  # type: ignore[override]  # its own inputs, by name
+    def embed(self, views: Tensor, order: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # its own inputs
         """Return each image's mean squared error over its hidden patches: [B]."""
-        return self.errors(patchify(views, self.backbone.patch), self.predict(views, order), order)
+        return (self.errors(patchify(views, self.backbone.patch), self.predict(views, order), order),)
+
+    def loss(self, errors: Tensor) -> Tensor:  # type: ignore[override]  # its own embedding
+        """[B] -> [B]"""
+        return errors
 
     def predict(self, views: Tensor, order: Tensor) -> Tensor:
         """Return the prediction of every patch: [B, N, P * P * C]."""
@@ -47,14 +51,14 @@ class MAE(Method):
         """Return the error of each image, in float32 whatever the precision of the network."""
         hidden = order[:, self.num_visible :]
         target, prediction = take(target, hidden), take(prediction, hidden).float()
-        if self.recipe.method.normalised_pixels:
+        if self.settings.normalised_pixels:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         return (prediction - target).square().mean(dim=(1, 2))
 
     @property
     def num_visible(self) -> int:
         """How many patches the encoder sees: at least one, and not all."""
-        visible = int(self.head.tokens * (1 - self.recipe.method.mask_ratio))
+        visible = int(self.head.tokens * (1 - self.settings.mask_ratio))
         return min(max(visible, 1), self.head.tokens - 1)
 
 
@@ -63,7 +67,7 @@ class Decoder(nn.Module):
 
     positions: Tensor  # [N, D'], a constant
 
-    def __init__(self, backbone: ViT, method: MethodConfig, channels: int) -> None:
+    def __init__(self, backbone: ViT, method: MAEConfig, channels: int) -> None:
         super().__init__()
         dim, norm = method.decoder_dim, nn.LayerNorm
         self.tokens = backbone.grid[0] * backbone.grid[1]

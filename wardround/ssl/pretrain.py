@@ -96,6 +96,7 @@ def pretrain(
         optimiser.zero_grad(set_to_none=True)
         losses.append(engine.gradients(engine.batch(step)))
         optimiser.step()
+        method.after_step(step)
     # Read once at the end: asking after each step would make a GPU wait for the CPU.
     values = torch.stack(losses).tolist()
     for place, value in enumerate(values):
