@@ -6,7 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wardround.config.federation import DataConfig, ViewsConfig
+from wardround.config.federation import DataConfig, Recipe, ViewsConfig
+
+
+def view(
+    images: Tensor,
+    recipe: Recipe,
+    generator: torch.Generator,
+    size: int,
+    *,
+    intensities: bool = True,
+    crop_scale: tuple[float, float] | None = None,
+) -> Tensor:
+    """Return one normalised view an image: [B, C, S, S] in [0, 1] -> [B, C, size, size].
+
+    `intensities` also changes brightness and the like, as contrastive methods need; `crop_scale`
+    stands in for the config's, as small crops need.
+    """
+    return normalise(augment(images, recipe.views, generator), recipe.data)
 
 
 def augment(images: Tensor, views: ViewsConfig, generator: torch.Generator) -> Tensor:
