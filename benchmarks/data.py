@@ -43,7 +43,8 @@ from wardround.config.federation import DataConfig
 from wardround.config.site import ImagesConfig
 from wardround.data import SiteImages, open_site, write_hospitals
 from wardround.ssl import build
-from wardround.ssl.pretrain import Plain, pretrain
+from wardround.ssl.engine import Plain
+from wardround.ssl.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 64

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny
 
 from wardround import ssl as methods
-from wardround.backbones import build, save_release, timm_model
+from wardround.backbones import build, released_model, save_release
 from wardround.config import FederationConfig
 from wardround.errors import ConfigError
 
@@ -30,7 +30,7 @@ def test_stock_timm_gives_the_features_of_the_trained_encoder(changes: dict[str,
     images = torch.randn(2, recipe.data.channels, size, size)
     with torch.no_grad():
         ours = method.backbone.encode(method.backbone.embed(images))[:, 1:].mean(1)
-        assert timm_model(recipe, state)(images) == pytest.approx(ours, abs=1e-5)
+        assert released_model(recipe, state)(images) == pytest.approx(ours, abs=1e-5)
         save_release(recipe, state, tmp_path, {"round": 3})
         loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
         assert loaded(images) == pytest.approx(ours, abs=1e-5)

@@ -9,7 +9,7 @@ from wardround.client.journal import Journal
 from wardround.errors import PolicyRefusal
 from wardround.update import Declared, State, Update
 
-DECLARED = Declared(3, 2, 1, 0.5, 0.25, 1.5, "0.1.0")
+DECLARED = Declared(3, 2, 1, 0.5, 0.25, 1.5, "0.1.0", 9.0, 0.8, 0.2, 2.0)
 
 
 def block(round: int, state: str = "s") -> bytes:

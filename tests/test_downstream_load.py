@@ -9,7 +9,7 @@ import torch
 from conftest import tiny
 from torch import nn
 
-from wardround.backbones import save_release, timm_model
+from wardround.backbones import released_model, save_release
 from wardround.downstream.load import load_backbone, release_folder
 from wardround.errors import CheckpointError, ConfigError
 from wardround.plan import Plan, resolve
@@ -36,7 +36,7 @@ def outputs(model: nn.Module, size: int = 16, channels: int = 1) -> torch.Tensor
 
 def test_a_folder_gives_the_trained_features(folder: Path, plan: Plan) -> None:
     model = load_backbone(folder)
-    assert torch.equal(outputs(model), outputs(timm_model(plan.protocol, plan.state)))
+    assert torch.equal(outputs(model), outputs(released_model(plan.protocol, plan.state)))
     assert tuple(model.pretrained_cfg["mean"]) == plan.config.data.mean
     assert tuple(model.pretrained_cfg["std"]) == plan.config.data.std
 

@@ -14,7 +14,10 @@ DOORS = {
     "opacus": {"privacy/"},
     "pydicom": {"data/"},
     "nibabel": {"data/"},
-    "timm": {"backbones/", "downstream/", "ssl/mae.py"},
+    "timm": {"backbones/", "downstream/"},
+    "monai": {"backbones/", "data/"},
+    "einops": {"backbones/"},
+    "lightning_fabric": {"ssl/devices.py", "ssl/engine.py", "client/local_round.py"},
     "sklearn": {"probe/"},
     "matplotlib": {"report/"},
 }

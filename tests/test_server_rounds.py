@@ -18,7 +18,8 @@ from wardround.server.run_folder import RunFolder, create, open_run
 from wardround.update import Declared, Refusal, State, Task, Update, state_hash, unpack
 
 SITES = ("lyon", "oslo", "wien")
-DECLARED = Declared(images=10, patients=5, steps=3, loss_first=1.0, loss=0.5, seconds=0.1, version="0.1.0")
+MONITOR = {"effective_rank": 9.0, "feature_spread": 0.8, "alignment": 0.2, "uniformity": 2.0}
+DECLARED = Declared(images=10, patients=5, steps=3, loss_first=1.0, loss=0.5, seconds=0.1, version="0.1.0", **MONITOR)
 
 
 class Cut(BaseException):

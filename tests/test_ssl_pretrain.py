@@ -1,7 +1,5 @@
 """The one training loop: draws, schedule, and a cut that changes no bit."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,8 @@ from conftest import tiny
 from wardround import ssl as methods
 from wardround.config import FederationConfig
 from wardround.errors import UpdateError
-from wardround.ssl.pretrain import Plain, Trained, learning_rate, pretrain
+from wardround.ssl.engine import Plain
+from wardround.ssl.pretrain import Trained, pretrain
 from wardround.update import State, state_hash
 
 GOLDEN = [1.3267, 1.3434, 1.3094, 1.252, 1.2925, 1.2441]
@@ -74,16 +73,6 @@ def test_a_batch_larger_than_the_site_repeats_images() -> None:
     config = tiny(training={"batch_size": 25})
     rows = Plain(methods.build(config), IMAGES, config, "lyon").rows(0)
     assert np.bincount(rows, minlength=10).min() >= 2
-
-
-def test_the_rate_warms_up_and_falls_to_almost_nothing_by_the_last_step() -> None:
-    training = tiny(training={"rounds": 4, "local_steps": 25, "warmup_steps": 10, "learning_rate": 1.0}).training
-    rates = [learning_rate(training, step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.5)  # half way down: 45 of the 90 steps after the warm-up
-    assert 0 < rates[99] < 0.001
-    assert all(later <= earlier for earlier, later in pairwise(rates[9:]))
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step() -> None:

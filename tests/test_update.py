@@ -12,7 +12,8 @@ from wardround.errors import UpdateError
 from wardround.update import Declared, State, Update, check_tensors, layout, pack, state_hash, unpack
 
 STATE: State = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros(4, np.float32)}
-DECLARED = Declared(images=3, patients=2, steps=1, loss_first=0.5, loss=0.25, seconds=1.5, version="0.1.0")
+MONITOR = {"effective_rank": 9.0, "feature_spread": 0.8, "alignment": 0.2, "uniformity": 2.0}
+DECLARED = Declared(images=3, patients=2, steps=1, loss_first=0.5, loss=0.25, seconds=1.5, version="0.1.0", **MONITOR)
 UPDATE = Update("lyon", "d" * 64, 1, "e" * 64, DECLARED, STATE)
 
 

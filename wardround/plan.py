@@ -10,9 +10,13 @@ import numpy as np
 import torch
 
 from wardround import ssl as methods
+from wardround.backbones import batch_normalised, load_into
 from wardround.config import FederationConfig, Protocol
 from wardround.config.federation import Recipe
-from wardround.ssl.pretrain import Plain, pretrain
+from wardround.errors import ConfigError
+from wardround.registry.source import release_folder
+from wardround.ssl.engine import Plain
+from wardround.ssl.pretrain import pretrain
 from wardround.update import Layout, State, state_hash
 
 
@@ -39,12 +43,45 @@ class Cost:
     bytes_per_message: int  # one state or one update
     memory_bytes: int  # weights, gradients, two moments, and what the forward pass keeps
     seconds_per_step: float
+    coupling: str | None  # why an image's loss depends on other images, or None
 
 
 def resolve(config: FederationConfig) -> Plan:
-    """Return the plan of a config. Raises ConfigError for what cannot be built."""
-    state = methods.get_state(methods.build(config))
+    """Return the plan of a config.
+
+    Raises ConfigError for what cannot be built or released, CheckpointError for damaged initial weights.
+    """
+    method = methods.build(config)
+    if batch_normalised(method.backbone) and config.evaluation_set is None:
+        raise ConfigError(
+            "[backbone] norm = 'batch': a release takes its statistics from public images, and there are none; "
+            "name an [evaluation_set], or take norm = 'group'."
+        )
+    _check_resolutions(method)
+    state = methods.get_state(method)
+    if config.initial_weights is not None:
+        with release_folder(config.initial_weights) as folder:
+            loaded = load_into(config, folder)
+        state |= {name: array for name, array in loaded.items() if name in state}  # not what stays at the sites
     return Plan(config, config.protocol(state_hash(state)), state)
+
+
+def _check_resolutions(method: methods.Method) -> None:
+    """Raise ConfigError unless the method takes views of every size that a round has."""
+    recipe = method.recipe
+    two = torch.zeros(2, *recipe.data.shape)
+    for _, edge in recipe.training.resolutions:
+        method.view_size = edge
+        try:
+            with torch.no_grad():
+                method(*method.prepare(two, torch.Generator()))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ConfigError(
+                f"[training] resolutions: '{recipe.backbone.name}' does not take views of {edge} pixels: {reason}. "
+                "Take another edge, such as a multiple of its patches."
+            ) from error
+    method.view_size = recipe.data.image_size
 
 
 def architecture(recipe: Recipe) -> Layout:
@@ -62,8 +99,7 @@ def cost(plan: Plan, steps: int = 3) -> Cost:
     """Return what a round costs, by training `steps` steps on noise after one to warm up."""
     recipe = plan.config
     method = methods.build(recipe)
-    size = recipe.data.image_size
-    noise = np.random.default_rng(0).integers(0, 256, (recipe.training.batch_size, recipe.data.channels, size, size))
+    noise = np.random.default_rng(0).integers(0, 256, (recipe.training.batch_size, *recipe.data.shape))
     engine = Plain(method, noise.astype(np.uint8), recipe, "check")
     kept = _kept_by_forward(method, engine)
     pretrain(method, engine, recipe.training, 0, 1, {}, "check")
@@ -72,7 +108,7 @@ def cost(plan: Plan, steps: int = 3) -> Cost:
     seconds = (time.perf_counter() - started) / steps
     sizes = {part: sum(a.size for n, a in plan.state.items() if n.startswith(part)) for part in ("backbone", "head")}
     state_bytes = sum(array.nbytes for array in plan.state.values())
-    return Cost(sizes["backbone"], sizes["head"], state_bytes, 4 * state_bytes + kept, seconds)
+    return Cost(sizes["backbone"], sizes["head"], state_bytes, 4 * state_bytes + kept, seconds, method.coupling)
 
 
 def _kept_by_forward(method: methods.Method, engine: Plain) -> int:

@@ -42,6 +42,10 @@ class Declared:
     loss: float  # mean loss over the last tenth
     seconds: float  # wall time of training
     version: str  # Wardround's at the site
+    effective_rank: float  # the figures of probe.monitor.Monitor, over at most 256 images
+    feature_spread: float
+    alignment: float
+    uniformity: float
 
     def __post_init__(self) -> None:
         """Raise UpdateError for values that no honest site sends; they come from outside."""

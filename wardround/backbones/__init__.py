@@ -1,10 +1,13 @@
 """Backbones: timm's families, as they are trained and as they are released."""
 
+from wardround.backbones.adapt import load_into, reloaded
 from wardround.backbones.backbone import Backbone
-from wardround.backbones.build import build, family_of
-from wardround.backbones.families import FAMILIES, Family
-from wardround.backbones.release import save_release, timm_model
-from wardround.backbones.vit import Token, ViT, initialise, sincos_positions
+from wardround.backbones.build import build
+from wardround.backbones.families import FAMILIES, Family, family_of
+from wardround.backbones.normalisation import batch_normalised
+from wardround.backbones.onednn import fast_linear
+from wardround.backbones.release import released_model, save_release
+from wardround.backbones.vit import Token, ViT, initialise, resampled, sincos_positions, transformer
 
 __all__ = [
     "FAMILIES",
@@ -12,10 +15,16 @@ __all__ = [
     "Family",
     "Token",
     "ViT",
+    "batch_normalised",
     "build",
     "family_of",
+    "fast_linear",
     "initialise",
+    "load_into",
+    "released_model",
+    "reloaded",
+    "resampled",
     "save_release",
     "sincos_positions",
-    "timm_model",
+    "transformer",
 ]

@@ -1,4 +1,4 @@
-"""timm's Vision Transformers, taken apart so that a method can drop tokens.
+"""Vision Transformers for images and volumes, taken apart so that a method can drop tokens.
 
 Every parameter sits in a layer whose per-sample gradient has a known rule: the class token is a
 leaf layer that only adds its parameter, the position table is a constant, and the norms are exactly
@@ -6,14 +6,16 @@ leaf layer that only adds its parameter, the position table is a constant, and t
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wardround.backbones.backbone import Backbone
 from wardround.config.federation import BackboneConfig, DataConfig
@@ -40,21 +42,24 @@ class ViT(Backbone):
 
     positions: Tensor  # [N, D], a constant
 
-    def __init__(self, source: VisionTransformer) -> None:
+    def __init__(
+        self, patch_embed: nn.Module, blocks: nn.Sequential, norm: nn.LayerNorm, grid: tuple[int, ...], patch: int
+    ) -> None:
+        """patch_embed: [B, C, *size] -> [B, N, D]; grid: patches along each axis; patch: edge in pixels."""
         super().__init__()
-        self.dim: int = source.embed_dim
-        self.grid: tuple[int, int] = source.patch_embed.grid_size
-        self.patch: int = source.patch_embed.patch_size[0]
-        self.patch_embed = source.patch_embed
-        self.patch_embed.strict_img_size = False  # small crops and early rounds are smaller than the image
+        self.dim = norm.normalized_shape[0]
+        self.grid = grid
+        self.patch = patch
+        self.patch_embed = patch_embed
         self.class_token = Token(self.dim)
-        self.blocks = source.blocks
-        self.norm = source.norm
+        self.checkpointing = False
+        self.blocks = blocks
+        self.norm = norm
         self.register_buffer("positions", sincos_positions(self.dim, self.grid), persistent=False)
         initialise(self)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the mean over the patch tokens: [B, C, S, S] -> [B, D]."""
+        """Return the mean over the patch tokens: [B, C, *size] -> [B, D]."""
         return self.encode(self.embed(images))[:, 1:].mean(1)
 
     def stages(self) -> list[list[str]]:
@@ -66,26 +71,21 @@ class ViT(Backbone):
             stages[int(second) + 1 if first == "blocks" else places[first]].append(name)
         return stages
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Return the patch tokens with their positions: [B, C, S, S] -> [B, N, D]."""
-        tokens: Tensor = self.patch_embed(images)
-        return tokens + self.positions_at((images.shape[2] // self.patch, images.shape[3] // self.patch))
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into each block for the backward pass."""
+        self.checkpointing = True
 
-    def positions_at(self, grid: tuple[int, int]) -> Tensor:
-        """Return the position table of a grid, interpolated where it is not the backbone's own: [N, D]."""
-        if grid == self.grid:
-            return self.positions
-        table: Tensor = resample_abs_pos_embed(self.positions[None], list(grid), list(self.grid), num_prefix_tokens=0)[
-            0
-        ]
-        return table
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the patch tokens with their positions: [B, C, *size] -> [B, N, D]."""
+        tokens: Tensor = self.patch_embed(images)
+        return tokens + resampled(self.positions, self.grid, tuple(edge // self.patch for edge in images.shape[2:]))
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Prepend the class token and run the blocks: [B, T, D] -> [B, 1 + T, D]."""
         nothing = tokens.new_zeros(tokens.shape[0], 1, self.dim)
         x = torch.cat([self.class_token(nothing), tokens], dim=1)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
         out: Tensor = self.norm(x)
         return out
 
@@ -102,7 +102,9 @@ def build_vit(backbone: BackboneConfig, data: DataConfig) -> ViT:
         raise refusal
     if source.embed_dim % 4:
         raise ConfigError(f"[backbone] name = '{backbone.name}': sine-cosine positions need a width divisible by 4.")
-    return ViT(source)
+    embed = source.patch_embed
+    embed.strict_img_size = False  # small crops and early rounds are smaller than the image
+    return ViT(embed, source.blocks, source.norm, embed.grid_size, embed.patch_size[0])
 
 
 def timm_arguments(backbone: BackboneConfig, data: DataConfig) -> dict[str, Any]:
@@ -147,23 +149,59 @@ def timm_state(state: State, backbone: BackboneConfig, data: DataConfig) -> dict
     return named
 
 
-def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Return the 2D sine-cosine table of a grid, row by row: [rows * columns, dim], float32.
+def own_tensors(tensors: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """Return stock timm's tensors under our names, the inverse of `timm_state`.
 
-    Half of the channels code the column and half the row, each as sin then cos at frequencies
-    10000^(-2k/(dim/2)) (Vaswani et al. 2017, section 3.5; in two dimensions as in He et al. 2022).
+    Raises ConfigError for learnt positions, which our ViTs do not have.
     """
-    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
-    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-    angles = [np.outer(axis.ravel(), frequencies) for axis in (columns, rows)]
+    own = {name: tensor for name, tensor in tensors.items() if name not in ("cls_token", "pos_embed")}
+    if "cls_token" in tensors and "pos_embed" in tensors:
+        class_token, *patches = tensors["pos_embed"][0]  # [1 + N, D]
+        side = round(len(patches) ** 0.5)
+        expected = sincos_positions(len(class_token), (side, side))
+        if len(patches) != len(expected) or not torch.allclose(torch.stack(patches), expected, atol=1e-4):
+            raise ConfigError(
+                f"initial_weights = '{where}': its ViT has learnt positions, ours have fixed sine-cosine ones; take "
+                "weights that were trained with these."
+            )
+        own[CLASS_TOKEN.removeprefix("backbone.")] = tensors["cls_token"].flatten() + class_token
+    return own
+
+
+def sincos_positions(dim: int, grid: tuple[int, ...]) -> Tensor:
+    """Return the sine-cosine table of a grid of two or three axes, last axis fastest: [positions, dim], float32.
+
+    Each axis, the last one first, takes an equal share of the channels: sin, then cos, at the
+    frequencies 10000^(-k/K), k = 0, ..., K - 1 (Vaswani et al. 2017, section 3.5; in two dimensions as
+    in He et al. 2022). Channels that cannot be shared evenly are zero.
+    """
+    count = dim // (2 * len(grid))
+    frequencies = 10000.0 ** (-np.arange(count) / count)
+    axes = np.meshgrid(*(np.arange(edge) for edge in grid), indexing="ij")
+    angles = [np.outer(axis.ravel(), frequencies) for axis in reversed(axes)]
     table = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
-    return torch.from_numpy(table.astype(np.float32))
+    return torch.from_numpy(np.pad(table, ((0, 0), (0, dim - table.shape[1]))).astype(np.float32))
+
+
+def resampled(positions: Tensor, own: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
+    """Return a position table for views smaller than the image: [prod(own), D] -> [prod(grid), D]."""
+    if grid == own:
+        return positions
+    table = positions.T.reshape(1, -1, *own)
+    mode = "bicubic" if len(grid) == 2 else "trilinear"
+    return F.interpolate(table, grid, mode=mode).flatten(2)[0].T
+
+
+def transformer(dim: int, heads: int, depth: int) -> nn.ModuleList:
+    """Return blocks as a ViT has them, for heads that are transformers themselves."""
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    return nn.ModuleList(Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
 
 
 def initialise(module: nn.Module) -> None:
     """Initialise in place as He et al. 2022 do: Xavier-uniform weights, zero biases, tokens of sd 0.02."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
             nn.init.xavier_uniform_(layer.weight.view(layer.weight.shape[0], -1))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

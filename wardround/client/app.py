@@ -9,10 +9,11 @@ from flwr.clientapp import ClientApp
 
 from wardround.client import policy
 from wardround.client.journal import Journal
-from wardround.client.local_round import Machine, local_round
+from wardround.client.local_round import local_round
 from wardround.config import SiteConfig, read_site
 from wardround.data import open_site
 from wardround.errors import DataError, PolicyRefusal, UpdateError, WardroundError
+from wardround.ssl.devices import Machine
 from wardround.update import Refusal, Task, state_hash
 from wardround.wire import answer_to_records, records_to_task
 
@@ -59,8 +60,8 @@ def run_task(site: SiteConfig, task: Task) -> bytes:
 
 
 def machine(site: SiteConfig) -> Machine:
-    """Return the device and threads that the site allows."""
-    name = site.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return Machine(torch.device(name), site.threads)
+    """Return the hardware that the site allows."""
+    device = site.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Machine(device, site.devices, site.threads, site.micro_batch, site.checkpointing)

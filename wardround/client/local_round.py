@@ -1,28 +1,53 @@
 """One round at one site: train from the federation's state, release the difference."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from mmap import mmap
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from wardround import __version__
 from wardround import ssl as methods
 from wardround.config import Protocol
 from wardround.config.federation import TrainingConfig
 from wardround.data import SiteImages
-from wardround.ssl.pretrain import Plain, pretrain
+from wardround.probe.monitor import Monitor, watch
+from wardround.ssl.devices import Machine, launch
+from wardround.ssl.engine import Plain
+from wardround.ssl.pretrain import pretrain
 from wardround.update import Declared, State, Update, state_hash
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 _STAYS = "site."  # before the names of the site's own tensors in its memory
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What of a site's hardware a round uses."""
+class Job:
+    """What each of a site's processes needs for a round."""
 
-    device: torch.device
-    threads: int  # 0 means all
+    protocol: Protocol
+    site: str
+    round: int
+    state: State
+    memory: State
+    images: Callable[[], NDArray[np.uint8]]  # [N, C, S, S]
+    machine: Machine
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the first of a site's processes has after a round."""
+
+    state: State
+    memory: State
+    losses: list[float]
+    monitor: Monitor
 
 
 def local_round(
@@ -32,33 +57,49 @@ def local_round(
 
     The same arguments give the same bits, `seconds` aside, on the same kind of CPU with as many threads.
     """
-    if machine.threads:
-        torch.set_num_threads(machine.threads)
-    training = protocol.training
-    method = methods.build(protocol)
-    methods.set_state(method, state)
-    method.to(machine.device)
-    engine = Plain(method, images.images, protocol, site)
-    first_step = (round - 1) * training.local_steps
-    moments, site_tensors = split(memory)
-    methods.set_site_tensors(method, site_tensors)
     started = time.monotonic()
-    label = f"site '{site}', round {round}"
-    trained = pretrain(method, engine, training, first_step, training.local_steps, moments, label)
-    tenth = max(1, len(trained.losses) // 10)
+    job = Job(protocol, site, round, state, memory, source(images.images), machine)
+    done = launch(train, machine, protocol.training.precision, job)
+    tenth = max(1, len(done.losses) // 10)
     declared = Declared(
         images=images.num_images,
         patients=images.num_patients,
-        steps=training.local_steps,
-        loss_first=float(np.mean(trained.losses[:tenth])),
-        loss=float(np.mean(trained.losses[-tenth:])),
+        steps=protocol.training.local_steps,
+        loss_first=float(np.mean(done.losses[:tenth])),
+        loss=float(np.mean(done.losses[-tenth:])),
         seconds=time.monotonic() - started,
         version=__version__,
+        **vars(done.monitor),
     )
-    new = methods.get_state(method)
-    delta = {name: new[name] - old for name, old in state.items()}
-    update = Update(site, protocol.digest(), round, state_hash(state), declared, delta)
-    return update, join(trained.moments, methods.get_site_tensors(method), training)
+    delta = {name: done.state[name] - old for name, old in state.items()}
+    return Update(site, protocol.digest(), round, state_hash(state), declared, delta), done.memory
+
+
+def train(fabric: "Fabric", job: Job) -> Done:
+    """Train a round in this process, beside the site's others."""
+    protocol, training = job.protocol, job.protocol.training
+    images = job.images()
+    method = methods.build(protocol)
+    methods.set_state(method, job.state)
+    moments, site_tensors = split(job.memory)
+    methods.set_site_tensors(method, site_tensors)
+    if job.machine.checkpointing:
+        method.backbone.checkpoint_activations()
+    method.to(fabric.device)
+    engine = Plain(method, images, protocol, job.site, fabric, job.machine.micro_batch)
+    first = (job.round - 1) * training.local_steps
+    label = f"site '{job.site}', round {job.round}"
+    trained = pretrain(method, engine, training, first, training.local_steps, moments, label)
+    memory = join(trained.moments, methods.get_site_tensors(method), training)
+    monitor = watch(method.backbone, images, protocol, job.site)
+    return Done(methods.get_state(method), memory, trained.losses, monitor)
+
+
+def source(images: NDArray[np.uint8]) -> Callable[[], NDArray[np.uint8]]:
+    """Return how each process gets at the images: from the file that they are mapped from, not by a copy."""
+    if isinstance(images, np.memmap) and isinstance(images.base, mmap):  # whole: a part would lose its place
+        return partial(np.memmap, images.filename, images.dtype, "r", images.offset, images.shape)
+    return partial(np.asarray, images)
 
 
 def join(moments: State, site_tensors: State, training: TrainingConfig) -> State:

@@ -9,10 +9,11 @@ from datetime import date
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from wardround.config.method import MAEConfig, MethodConfig
 from wardround.config.strict import Name, Strict, digest
+from wardround.config.views import COMPARED_CROP, ViewsConfig
 
 
 class BackboneConfig(Strict):
@@ -20,7 +21,7 @@ class BackboneConfig(Strict):
 
     name: str = Field(
         default="vit_tiny_patch16_224",
-        description="A timm architecture of a supported family, or a volume's network such as monai_vit.",
+        description="A timm architecture of a supported family, or a volume's network such as monai_vit_tiny.",
     )
     patch_size: int | None = Field(
         default=None, ge=2, le=64, description="ViT: edge of a patch in pixels, where not the architecture's."
@@ -38,24 +39,6 @@ class BackboneConfig(Strict):
         description="norm = batch: what stays at the site. silobn: the statistics. fedbn: scale and shift too.",
     )
     frozen_stages: int = Field(default=0, ge=0, le=64, description="How many first stages are not trained.")
-
-
-class ViewsConfig(Strict):
-    """How an image is augmented into a view."""
-
-    crop_scale: tuple[float, float] = Field(
-        default=(0.6, 1.0), description="Smallest and largest share of the area that a random crop keeps, in (0, 1]."
-    )
-    horizontal_flip: bool = Field(default=True, description="Mirror left and right in half of the views.")
-    vertical_flip: bool = Field(default=False, description="Mirror top and bottom in half of the views.")
-    rotation: float = Field(default=0.0, ge=0.0, le=180.0, description="Largest rotation either way, in degrees.")
-
-    @model_validator(mode="after")
-    def _crop_is_a_range(self) -> Self:
-        low, high = self.crop_scale
-        if not 0.0 < low <= high <= 1.0:
-            raise ValueError(f"crop_scale = [{low}, {high}]: expected 0 < smallest <= largest <= 1")
-        return self
 
 
 class CriteriaConfig(Strict):
@@ -79,7 +62,18 @@ class CriteriaConfig(Strict):
 class DataConfig(Strict):
     """What an image is when it reaches the network: channels, size, intensities."""
 
-    image_size: int = Field(default=64, ge=16, le=1024, description="Edge in pixels of the square that is trained on.")
+    dimensions: Literal[2, 3] = Field(
+        default=2, description="2: pictures and slices. 3: NIfTI files and DICOM series as volumes."
+    )
+    image_size: int = Field(
+        default=64, ge=16, le=1024, description="Edge in pixels of the square, or in voxels of the cube, trained on."
+    )
+    spacing: tuple[float, float, float] | None = Field(
+        default=None,
+        description="3: millimetres from voxel to voxel that volumes are resampled to, from foot to head, from back to "
+        "front, and from left to right.",
+    )
+    cubes_per_volume: int = Field(default=1, ge=1, le=1000, description="3: how many cubes a volume gives.")
     channels: Literal[1, 3] = Field(default=1, description="Channels of an image: 1 grey, 3 colour.")
     convert_channels: bool = Field(
         default=False, description="Convert grey to colour and back; without it another channel count is refused."
@@ -109,6 +103,21 @@ class DataConfig(Strict):
             raise ValueError(f"window = {list(self.window)}: expected a width above 0")
         return self
 
+    @model_validator(mode="after")
+    def _keys_fit_the_dimensions(self) -> Self:
+        if self.dimensions == 2 and (self.spacing is not None or self.cubes_per_volume != 1):
+            raise ValueError("spacing and cubes_per_volume are keys of volumes; remove them, or set dimensions = 3")
+        if self.dimensions == 3 and (self.spacing is None or min(self.spacing) <= 0.0):
+            raise ValueError("dimensions = 3 needs spacing: three numbers above 0, in millimetres")
+        if self.dimensions == 3 and self.slice_stride != 1:
+            raise ValueError(f"slice_stride = {self.slice_stride}: volumes are read whole; remove it")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image: (C, S, S), or (C, S, S, S) where it is a cube."""
+        return (self.channels, *[self.image_size] * self.dimensions)
+
 
 class TrainingConfig(Strict):
     """What a site does in a round."""
@@ -132,6 +141,11 @@ class TrainingConfig(Strict):
     layer_decay: float = Field(
         default=1.0, gt=0.0, le=1.0, description="Each stage learns at this share of the rate of the stage above it."
     )
+    resolutions: tuple[tuple[int, int], ...] = Field(
+        default=(),
+        description="Pairs of first round and edge in pixels: from that round on, views are of this size. Empty: "
+        "always [data] image_size.",
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="bfloat16: forward and backward under autocast; weights stay float32."
     )
@@ -142,6 +156,9 @@ class TrainingConfig(Strict):
             raise ValueError(
                 f"warmup_steps = {self.warmup_steps}: the federation has only {self.total_steps} steps; lower it"
             )
+        firsts = [first for first, _ in self.resolutions]
+        if self.resolutions and (firsts[0] != 1 or firsts != sorted(set(firsts))):
+            raise ValueError(f"resolutions begin at rounds {firsts}: expected 1, then later rounds in order")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas = {list(self.betas)}: expected values in [0, 1)")
         return self
@@ -182,10 +199,38 @@ class Recipe(Strict):
     backbone: BackboneConfig = Field(default=BackboneConfig(), description="The network that is kept.")
     method: MethodConfig = Field(default=MAEConfig(), description="The self-supervised method.")
     views: ViewsConfig = Field(default=ViewsConfig(), description="Augmentation.")
-    data: DataConfig = Field(default=DataConfig(), description="Images as the network sees them.")
+    data: DataConfig = Field(
+        default=DataConfig(), validate_default=True, description="Images as the network sees them."
+    )
     training: TrainingConfig = Field(description="A site's work in a round.")
     aggregation: AggregationConfig = Field(default=AggregationConfig(), description="The server's fold.")
     privacy: PrivacyConfig = Field(default=PrivacyConfig(), description="Differential privacy.")
+
+    @field_validator("data")
+    @classmethod
+    def _grey_has_no_hue(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
+        views = info.data.get("views", ViewsConfig())  # lacking where it was refused itself
+        for key in ("hue", "saturation"):
+            if data.channels == 1 and getattr(views, key) > 0.0:
+                raise ValueError(
+                    f"channels = 1: grey images have no {key}, but [views] {key} = {getattr(views, key)} "
+                    f"(modality = '{views.modality}'); set {key} = 0.0 there, or take channels = 3"
+                )
+        return data
+
+    @model_validator(mode="after")
+    def _methods_that_compare_views_crop_more(self) -> Self:
+        if self.method.name not in ("mae", "ijepa") and "crop_scale" not in self.views.model_fields_set:
+            # Stands in the model, and so in the protocol digest; attributes of a frozen model are closed.
+            self.__dict__["views"] = self.views.model_copy(update={"crop_scale": COMPARED_CROP})
+        return self
+
+    @model_validator(mode="after")
+    def _no_view_is_larger_than_the_image(self) -> Self:
+        for _, edge in self.training.resolutions:
+            if not 8 <= edge <= self.data.image_size:
+                raise ValueError(f"resolutions: edge {edge}: expected 8 to [data] image_size, {self.data.image_size}")
+        return self
 
 
 class Protocol(Recipe):
@@ -252,8 +297,19 @@ class FederationConfig(Recipe):
     """One file of `federation_configs/`."""
 
     format: Literal[1] = Field(description="The version of this file's format.")
+    initial_weights: Path | None = Field(
+        default=None,
+        description="What the backbone starts from: a release folder, a finished run folder, or NAME@alias or "
+        "NAME/version in MLflow; unset: the seed's random weights. Sites approve the weights' hash, not the name.",
+    )
     membership: MembershipConfig = Field(default=MembershipConfig(), description="Sites and patience.")
     evaluation_set: EvaluationSetConfig | None = Field(default=None, description="The coordinator's own images.")
+
+    @model_validator(mode="after")
+    def _phantoms_are_flat(self) -> Self:
+        if self.data.dimensions == 3 and self.evaluation_set and self.evaluation_set.kind == "procedural":
+            raise ValueError("evaluation_set kind = 'procedural' has no volumes; take kind = 'labelled', or remove it")
+        return self
 
     def protocol(self, initial_state: str) -> Protocol:
         """Return the part that sites approve, bound to the hash of the first state."""

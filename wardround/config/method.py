@@ -10,6 +10,11 @@ from pydantic import Field, model_validator
 from wardround.config.strict import Strict
 
 
+def _check_range(name: str, values: tuple[float, float], most: float) -> None:
+    if not 0.0 < values[0] <= values[1] <= most:
+        raise ValueError(f"{name} = {list(values)}: expected 0 < smallest <= largest <= {most:g}")
+
+
 class MAEConfig(Strict):
     """Masked autoencoding: He et al. 2022 on transformers, SparK (Tian et al. 2023) on convolutional backbones."""
 
@@ -98,12 +103,13 @@ class DINOConfig(Strict):
     )
     student_temperature: float = Field(default=0.1, gt=0.0, le=10.0, description="Temperature of the student.")
     teacher_temperature: float = Field(
-        default=0.04, gt=0.0, le=10.0, description="Temperature of the teacher, and of its warm-up's start."
+        default=0.04, gt=0.0, le=10.0, description="Temperature of the teacher; the paper's rises to 0.07."
     )
     centre: Literal["constant", "public", "batch"] = Field(
         default="batch",
-        description="constant: zero. public: the teacher's mean output over procedural images. batch: a running mean "
-        "over the batches, as in the paper; it couples patients and travels with the state.",
+        description="constant: zero, with which the paper's ablation (section 5.3) collapses. public: the teacher's "
+        "mean output over procedural images. batch: a running mean over the batches, as in the paper; it couples "
+        "patients and travels with the state.",
     )
     centre_momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="batch: momentum of the running mean.")
     local_views: int = Field(default=4, ge=0, le=16, description="Small crops beside the two large ones.")
@@ -113,6 +119,11 @@ class DINOConfig(Strict):
     local_scale: tuple[float, float] = Field(
         default=(0.05, 0.4), description="Smallest and largest share of the area that a small crop keeps."
     )
+
+    @model_validator(mode="after")
+    def _the_scale_is_a_range(self) -> Self:
+        _check_range("local_scale", self.local_scale, 1.0)
+        return self
 
 
 class IJEPAConfig(Strict):
@@ -139,6 +150,13 @@ class IJEPAConfig(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _scales_and_aspects_are_ranges(self) -> Self:
+        _check_range("target_scale", self.target_scale, 1.0)
+        _check_range("target_aspect", self.target_aspect, 16.0)
+        _check_range("context_scale", self.context_scale, 1.0)
+        return self
+
 
 class VICRegConfig(Strict):
     """VICReg: invariance, variance and covariance of the embeddings of a batch (Bardes et al. 2022)."""
@@ -149,7 +167,9 @@ class VICRegConfig(Strict):
     )
     output_dim: int = Field(default=1024, ge=8, le=16_384, description="Width of the embedding; the paper's 8192.")
     invariance: float = Field(default=25.0, ge=0.0, description="Weight of the distance between the views.")
-    variance: float = Field(default=25.0, ge=0.0, description="Weight of the hinge on the standard deviation.")
+    variance: float = Field(
+        default=25.0, gt=0.0, description="Weight of the hinge on the standard deviation; at 0 all embeddings collapse."
+    )
     covariance: float = Field(default=1.0, ge=0.0, description="Weight of the squared covariances.")
 
 

@@ -54,6 +54,15 @@ class SiteConfig(Strict):
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto takes a GPU where there is one."
     )
+    devices: int = Field(
+        default=1, ge=1, le=64, description="GPUs, or processes on CPUs, that share each batch; gradients are the same."
+    )
+    micro_batch: int = Field(
+        default=0, ge=0, le=65_536, description="Images at once on each device; 0 takes as many as memory allows."
+    )
+    checkpointing: bool = Field(
+        default=False, description="Save memory by computing activations again in the backward pass."
+    )
     max_trainings_per_round: int = Field(
         default=2, ge=1, le=10, description="How often one round may be trained, restarts after a crash included."
     )

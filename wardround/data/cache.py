@@ -3,7 +3,7 @@
 Below `work/cache/SOFTWARE-SETTINGS/`:
 
     index.jsonl   a line for each thing learnt: a journal while files are read, rewritten whole at the end
-    rows-N.npy    [rows, C, S, S] uint8 in content order: the images that training maps into memory
+    rows-N.npy    [rows, C, S, S] or [rows, C, S, S, S] uint8 in content order: what training maps into memory
     fresh.bin     rows decoded since, of the same shape, each block with a checksum in the journal
 
 The rename of index.jsonl is the commit: it names its rows-N.npy. A crash leaves the state before it or
@@ -23,9 +23,9 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 Rows = NDArray[np.uint8]
-Sample = tuple[str, int]  # content key (SHA-256 of the file), number of the frame
+Sample = tuple[str, int]  # content key (SHA-256 of the file, or of a series' keys), number of the frame or cube
 
-_COPIED = 1024  # rows copied at a time
+_COPIED = 2**26  # bytes of rows copied at a time
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Entry:
     channels: int = 0
     patient: str = ""
     modality: str = ""
+    series: str = ""  # a keyed hash too; volumes: the slices that share it are one
     reason: str = ""  # why it is quarantined
     excluded: str = ""  # the criterion it does not meet
     blank: tuple[int, ...] = ()  # frames whose pixels are all alike
@@ -58,7 +59,7 @@ class Seen:
 class Cache:
     """One folder of the cache. Whoever opens it holds the lock (see `opened_cache`)."""
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int]) -> None:
+    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
         self.folder, self.shape = folder, shape
         self.entries: dict[str, Entry] = {}  # by content key
         self.seen: dict[str, Seen] = {}  # by the keyed hash of the file's path, which may name a patient
@@ -77,7 +78,7 @@ class Cache:
         self._append({"seen": file, **asdict(seen)})
 
     def add(self, key: str, numbers: Sequence[int], rows: Rows) -> None:
-        """Store the rows [F, C, S, S] of one content's frames."""
+        """Store the rows [F, C, S, S] or [F, C, S, S, S] of one content's frames."""
         block = rows.tobytes()
         with private(self.folder / "fresh.bin", "ab") as file:
             first = file.tell() // self._row_bytes
@@ -90,16 +91,17 @@ class Cache:
         """Return whether a sample is decoded."""
         return sample in self._fresh or sample[1] in self.entries[sample[0]].kept
 
-    def commit(self, order: Sequence[Sample], files: Iterable[str]) -> Rows:
+    def commit(self, order: Sequence[Sample], files: Iterable[str], units: Iterable[str] = ()) -> Rows:
         """Make these sorted samples the rows of the cache and forget all others; return them, memory-mapped.
 
-        `files` are the hashed paths that exist. Costs a copy of all rows where one is added or dropped.
+        `files` are the hashed paths that exist, `units` the keys of series made of them. Costs a copy of
+        all rows where one is added or dropped.
         """
         kept: dict[str, tuple[int, ...]] = {}
         for key, number in order:
             kept[key] = (*kept.get(key, ()), number)
         seen = {file: self.seen[file] for file in files}
-        known = {one.key for one in seen.values()}
+        known = {one.key for one in seen.values()} | set(units)
         entries = {key: replace(e, kept=kept.get(key, ())) for key, e in self.entries.items() if key in known}
         if (entries, seen) != (self.entries, self.seen) or self._fresh or not self._rows:
             if not self._rows or kept != {key: e.kept for key, e in self.entries.items() if e.kept}:
@@ -157,7 +159,7 @@ class Cache:
             return False
 
     def _mapped(self) -> Rows:
-        """Return the committed rows, memory-mapped: [N, C, S, S]."""
+        """Return the committed rows, memory-mapped."""
         mapped: Rows = np.load(self.folder / self._rows, mmap_mode="r")
         return mapped
 
@@ -185,9 +187,10 @@ class Cache:
         samples = ((key, number) for key in sorted(self.entries) for number in self.entries[key].kept)
         place = {sample: row for row, sample in enumerate(samples)}
         fresh = self._fresh_rows()
-        for start in range(0, len(order), _COPIED):
+        count = max(1, _COPIED // self._row_bytes)
+        for start in range(0, len(order), count):
             block = []
-            for sample in order[start : start + _COPIED]:
+            for sample in order[start : start + count]:
                 if sample in self._fresh:
                     block.append(fresh[self._fresh[sample]])
                 else:

@@ -13,7 +13,16 @@ from wardround.config.federation import DataConfig
 from wardround.data.cache import Cache, private
 
 READER = 1  # raise it with every change to what pixels or facts come out of a file
-_DECODERS = ("pydicom", "pillow", "nibabel", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls")
+_DECODERS = (
+    "pydicom",
+    "pillow",
+    "nibabel",
+    "monai",
+    "pylibjpeg-libjpeg",
+    "pylibjpeg-openjpeg",
+    "pylibjpeg-rle",
+    "pyjpegls",
+)
 
 
 @contextmanager
@@ -34,7 +43,7 @@ def opened_cache(work: Path, data: DataConfig, opt_outs: frozenset[str]) -> Iter
             if other.is_dir() and other != folder and not _is_current(other, software, current):
                 shutil.rmtree(other)
         folder.mkdir(mode=0o700, exist_ok=True)
-        yield Cache(folder, (data.channels, data.image_size, data.image_size))
+        yield Cache(folder, data.shape)
         with private(folder / "opt-outs", "wb") as file:
             file.write(current.encode())
 

@@ -51,6 +51,7 @@ def facts(path: Path) -> Facts:
         view=_code(dataset, "ViewPosition"),
         study_date=_date(text(dataset, "StudyDate")),
         patient=text(dataset, "PatientID"),
+        series=text(dataset, "SeriesInstanceUID"),
     )
 
 

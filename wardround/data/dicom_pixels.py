@@ -13,7 +13,7 @@ from wardround.data.dicom import missing_codec, number, read, text, transfer_syn
 from wardround.data.facts import Frame, ReadError, Window
 from wardround.data.intensities import Values, stretched, windowed
 
-_CT_WINDOW = (40.0, 400.0)  # soft tissue in HU: what a console shows where a CT image names no window
+CT_WINDOW = (40.0, 400.0)  # soft tissue in HU: what a console shows where a CT image names no window
 
 
 def frames(path: Path, numbers: Sequence[int], window: Window | None) -> Iterator[Frame]:
@@ -33,6 +33,13 @@ def frames(path: Path, numbers: Sequence[int], window: Window | None) -> Iterato
         else:
             shown = _shown(dataset, index, stored, window)
             yield (1 - shown if photometric == "MONOCHROME1" else shown)[:, :, None]
+
+
+def values(path: Path, numbers: Sequence[int]) -> Iterator[Values]:
+    """Yield the grey frames of these ascending numbers in the modality's units, through no window: [H, W]."""
+    dataset = read(path)
+    for index, stored in zip(numbers, _decoded(dataset, numbers), strict=True):
+        yield _in_units(stored, macro(dataset, index, "PixelValueTransformationSequence"))
 
 
 def _decoded(dataset: pydicom.Dataset, numbers: Sequence[int]) -> Iterator[NDArray[Any]]:
@@ -62,11 +69,11 @@ def _refuse_cut(dataset: pydicom.Dataset) -> None:
 
 def _shown(dataset: pydicom.Dataset, index: int, stored: NDArray[Any], window: Window | None) -> Values:
     """Return a grey frame on [0, 1] before inversion."""
-    rescale = _macro(dataset, index, "PixelValueTransformationSequence")
+    rescale = macro(dataset, index, "PixelValueTransformationSequence")
     values = _in_units(stored, rescale)
     if window is not None:
         return windowed(values, *window)
-    voi = _macro(dataset, index, "FrameVOILUTSequence")
+    voi = macro(dataset, index, "FrameVOILUTSequence")
     if voi.get("VOILUTSequence"):
         return _looked_up(values, voi.VOILUTSequence[0])
     centre, width = _first(voi.get("WindowCenter")), _first(voi.get("WindowWidth"))
@@ -74,7 +81,7 @@ def _shown(dataset: pydicom.Dataset, index: int, stored: NDArray[Any], window: W
     if centre is not None and width is not None and width >= (1 if function == "LINEAR" else 1e-9):
         return windowed(values, centre, width, function)
     if text(dataset, "Modality") == "CT" and rescale.get("RescaleIntercept") is not None:
-        return windowed(values, *_CT_WINDOW)
+        return windowed(values, *CT_WINDOW)
     bits = number(dataset, "BitsStored")
     if bits <= 8 and number(dataset, "PixelRepresentation") == 0:
         return _fraction(stored, bits)
@@ -115,8 +122,8 @@ def _fraction(stored: NDArray[Any], bits: int) -> Values:
     return stored.astype(np.float32) / np.float32(2**bits - 1)
 
 
-def _macro(dataset: pydicom.Dataset, index: int, name: str) -> pydicom.Dataset:
-    """Return where a frame's rescale or window stands: its own group, the shared one, or the object itself."""
+def macro(dataset: pydicom.Dataset, index: int, name: str) -> pydicom.Dataset:
+    """Return where a frame's rescale, window or place stands: its own group, the shared one, or the object itself."""
     for groups, item in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
         sequence = dataset.get(groups)
         if sequence and item < len(sequence) and sequence[item].get(name):

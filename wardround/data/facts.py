@@ -24,7 +24,7 @@ class ReadError(DataError):
 
 @dataclass(frozen=True)
 class Facts:
-    """The header of one file. `patient` is an identifier: it is turned into a pseudonym and dropped."""
+    """The header of one file. `patient` and `series` are identifiers: they are turned into pseudonyms and dropped."""
 
     frames: int
     height: int
@@ -35,6 +35,7 @@ class Facts:
     view: str = ""
     study_date: date | None = None
     patient: str = field(default="", repr=False)
+    series: str = field(default="", repr=False)  # which DICOM slices are one volume
 
     def __post_init__(self) -> None:
         sides = f"{self.height} x {self.width} pixels"

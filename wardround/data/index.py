@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from wardround.config.federation import DataConfig
 from wardround.config.site import SiteConfig
-from wardround.data.cache import Cache, Entry, Seen
+from wardround.data.cache import Cache, Entry, Rows, Seen
 from wardround.data.cache_folder import opened_cache
 from wardround.data.criteria import unmet
 from wardround.data.facts import ReadError
@@ -33,7 +33,7 @@ class Index:
     opted_out: int  # files of patients on the site's opt-out list
     excluded: Mapping[str, int]  # files by the criterion that they do not meet
     quarantined: tuple[tuple[str, str], ...]  # path relative to the images folder, and the reason
-    samples: int  # images that training sees: frames of the files read
+    samples: int  # images that training sees: frames of the files read, or cubes of the volumes
     skipped_frames: Mapping[str, int]  # frames of the files read that training does not see, by reason
     patients: int
     modalities: Mapping[str, int]  # samples by DICOM modality
@@ -43,7 +43,7 @@ class Index:
 class SiteImages:
     """What training sees of a site. The same files give the same arrays, on any machine and in any folder."""
 
-    images: NDArray[np.uint8]  # [N, C, S, S], memory-mapped; 0..255 means [0, 1]
+    images: NDArray[np.uint8]  # [N, C, S, S] or [N, C, S, S, S], memory-mapped; 0..255 means [0, 1]
     patients: NDArray[np.int32]  # [N], 0..P-1: which images belong together
     index: Index
 
@@ -67,16 +67,17 @@ def open_site(site: SiteConfig, data: DataConfig) -> SiteImages:
         salt = read_salt(site.work)
         opt_outs = read_opt_outs(site.images.opt_out, site.name, salt)
         with quiet(), opened_cache(site.work, data, opt_outs) as cache:
-            contents, files, unopened = _look(site.name, listed, data, salt, cache)
+            contents, paths, unopened = _look(site.name, listed, data, salt, cache)
+            units = _units(contents, cache, data)
             while True:
-                selection = select(contents, cache.entries, data, salt, opt_outs)
+                selection = select(units, cache.entries, data, salt, opt_outs)
                 _refuse_other_channels(site.name, selection, cache, data)
                 lacking = sorted({sample[0] for sample in selection.order if not cache.has(sample)})
                 if not lacking:
                     break
                 for key in tqdm(lacking, f"{site.name}: decoding", unit="file", disable=None, delay=2, leave=False):
-                    _decode(key, contents[key][0].path, data, cache)
-            images = cache.commit(selection.order, files)
+                    _decode(key, [files[0].path for files in units[key]], data, cache)
+            images = cache.commit(selection.order, paths, units)
     except OSError as error:
         raise DataError(
             f"site '{site.name}': the work folder cannot be used: {error.strerror}. Free space there, or set 'work' "
@@ -130,25 +131,57 @@ def _content(one: Listed, path_hash: str, cache: Cache) -> str:
 def _entry(path: Path, data: DataConfig, salt: bytes) -> Entry:
     """Return what a file's header says of it."""
     try:
-        facts = read_facts(path)
+        facts = read_facts(path, data.dimensions)
     except ReadError as error:
         return Entry(reason=str(error))
     return Entry(
-        frames=facts.frames,
+        frames=facts.frames if data.dimensions == 2 else data.cubes_per_volume,
         channels=facts.channels,
         patient=pseudonym(salt, facts.patient),
         modality=facts.modality,
+        series="" if data.dimensions == 2 else pseudonym(salt, facts.series),
         excluded=unmet(facts, data.criteria),
     )
 
 
-def _decode(key: str, path: Path, data: DataConfig, cache: Cache) -> None:
-    """Put a file's frames into the cache, or the reason why it has none."""
+def _units(
+    contents: Mapping[str, Sequence[Listed]], cache: Cache, data: DataConfig
+) -> dict[str, list[Sequence[Listed]]]:
+    """Return what gives samples: each content by itself, or all contents that are slices of one series.
+
+    A unit's key is that of its content; a series' key is a hash over those of its slices, so that a
+    slice more or less makes it another volume.
+    """
+    series: dict[str, list[str]] = {}
+    for key in sorted(contents):
+        series.setdefault(cache.entries[key].series or key, []).append(key)
+    units: dict[str, list[Sequence[Listed]]] = {}
+    for keys in series.values():
+        unit = keys[0] if len(keys) == 1 else hashlib.sha256("".join(keys).encode()).hexdigest()
+        if unit not in cache.entries:
+            cache.learn(unit, _joined([cache.entries[key] for key in keys]))
+        units[unit] = [contents[key] for key in keys]
+    return units
+
+
+def _joined(slices: Sequence[Entry]) -> Entry:
+    """Return what is known of a series whose slices are known."""
+    several = len({one.patient for one in slices}) > 1
+    return replace(
+        slices[0],
+        reason="the slices of its series name different patients" if several else "",
+        excluded=next((one.excluded for one in slices if one.excluded), ""),
+        blank=(),
+        kept=(),
+    )
+
+
+def _decode(key: str, paths: Sequence[Path], data: DataConfig, cache: Cache) -> None:
+    """Put a unit's frames or cubes into the cache, or the reason why it has none."""
     entry = cache.entries[key]
     numbers = range(0, entry.frames, data.slice_stride)
     try:
-        frames = read_frames(path, numbers, data.window)
-        rows = np.stack([to_square(frame, data.image_size, data.channels) for frame in frames])
+        rows = _rows(key, paths, numbers, data)
     except ReadError as error:
         cache.learn(key, replace(entry, reason=str(error)))
         return
@@ -160,6 +193,17 @@ def _decode(key: str, path: Path, data: DataConfig, cache: Cache) -> None:
     if blank != entry.blank:
         cache.learn(key, replace(entry, blank=blank))
     cache.add(key, numbers, rows)
+
+
+def _rows(key: str, paths: Sequence[Path], numbers: Sequence[int], data: DataConfig) -> Rows:
+    """Return a unit's rows, one a number. Raises ReadError."""
+    if data.dimensions == 3:
+        from wardround.data.volumes import random_cubes  # MONAI takes seconds to import, and pictures need none of it
+
+        return random_cubes(paths, key, data)
+    (path,) = paths
+    frames = read_frames(path, numbers, data.window)
+    return np.stack([to_square(frame, data.image_size, data.channels) for frame in frames])
 
 
 def _refuse_other_channels(who: str, selection: Selection, cache: Cache, data: DataConfig) -> None:

@@ -1,5 +1,7 @@
 """Numbers to intensities on [0, 1], and an image of any size to the square that is trained on."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -41,6 +43,20 @@ def stretched(values: Values, reference: Values | None = None) -> Values:
     with np.errstate(all="ignore"):  # infinities and NaN are expected, and clipped below
         scaled = (values.astype(np.float32, copy=False) - np.float32(low)) / np.float32(max(high - low, 1e-30))
     return np.clip(np.nan_to_num(scaled, copy=False, nan=0.0, posinf=1.0, neginf=0.0), 0, 1, out=scaled)
+
+
+def shown_volume(values: Values, window: tuple[float, float] | None) -> Values:
+    """Return a volume on [0, 1]: through a window, or stretched between its percentiles."""
+    if window is not None:
+        return windowed(np.nan_to_num(values), *window)
+    return stretched(values, coarse(values))
+
+
+def coarse(volume: NDArray[Any]) -> Values:
+    """Return a grid of about a million voxels to take percentiles from: a copy of all would double the memory."""
+    step = max(1, round((volume.size / 2**20) ** (1 / 3)))
+    with np.errstate(all="ignore"):  # what is beyond float32's range becomes infinite
+        return np.asarray(volume[::step, ::step, ::step], np.float32)
 
 
 def to_square(frame: Frame, size: int, channels: int) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from wardround.errors import DataError
 class LabelledImages:
     """Images with what is known of each, in the order of their table."""
 
-    images: NDArray[np.uint8]  # [N, C, S, S], 0..255 means [0, 1]
+    images: NDArray[np.uint8]  # [N, C, S, S] or [N, C, S, S, S], 0..255 means [0, 1]
     labels: NDArray[np.int64]  # [N], places in classes
     classes: tuple[str, ...]  # sorted
     patients: NDArray[np.int64]  # [N], 0..P-1 by first appearance
@@ -74,8 +74,8 @@ def channel_constants(folder: Path, data: DataConfig) -> tuple[tuple[float, ...]
 
 
 def _read_images(folder: Path, rows: list[Row], data: DataConfig) -> NDArray[np.uint8]:
-    """Return the images of these rows: [N, C, S, S]."""
-    images = np.empty((len(rows), data.channels, data.image_size, data.image_size), np.uint8)
+    """Return the images of these rows."""
+    images = np.empty((len(rows), *data.shape), np.uint8)
     with quiet():
         for place, row in enumerate(tqdm(rows, folder.name, unit="image", disable=None, delay=2, leave=False)):
             try:
@@ -86,11 +86,15 @@ def _read_images(folder: Path, rows: list[Row], data: DataConfig) -> NDArray[np.
 
 
 def _read_image(path: Path, data: DataConfig) -> NDArray[np.uint8]:
-    """Return the one image in a file, [C, S, S]."""
-    facts = read_facts(path)
-    if facts.frames != 1:
+    """Return the one image in a file, [C, S, S], or the middle of its volume, [C, S, S, S]."""
+    facts = read_facts(path, data.dimensions)
+    if data.dimensions == 2 and facts.frames != 1:
         raise ReadError(f"it holds {facts.frames} images, and a row labels one")
     if facts.channels != data.channels and not data.convert_channels:
         raise ReadError(f"it has {facts.channels} channels, and [data] channels is {data.channels}")
+    if data.dimensions == 3:
+        from wardround.data.volumes import central_cube  # MONAI takes seconds to import
+
+        return central_cube(path, data)
     (frame,) = read_frames(path, range(1), data.window)
     return to_square(frame, data.image_size, data.channels)

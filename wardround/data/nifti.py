@@ -1,4 +1,4 @@
-"""NIfTI and FreeSurfer volumes as slices along their third axis, in the orientation they are stored in."""
+"""NIfTI and FreeSurfer volumes: whole, or as slices along their third axis in the orientation they are stored in."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -6,9 +6,10 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from numpy.typing import NDArray
 
 from wardround.data.facts import MAX_VOXELS, Facts, Frame, ReadError, Window
-from wardround.data.intensities import Values, stretched, windowed
+from wardround.data.intensities import Values, coarse, shown_volume, stretched, windowed
 
 
 def facts(path: Path) -> Facts:
@@ -30,13 +31,21 @@ def frames(path: Path, numbers: Sequence[int], window: Window | None) -> Iterato
     Without a window all slices share one stretch between the volume's percentiles.
     """
     volume = _first_volume(nibabel.load(path))
-    # A reference on a coarse grid: all of a large volume in float32 would double the memory.
-    step = max(1, round((volume.size / 2**20) ** (1 / 3)))
-    reference = _float32(volume[::step, ::step, ::step])
+    reference = coarse(volume)
     for index in numbers:
         values = _float32(np.rot90(volume[:, :, index]))
         shown = windowed(np.nan_to_num(values), *window) if window else stretched(values, reference)
         yield shown[:, :, None]
+
+
+def volume(paths: Sequence[Path], window: Window | None) -> tuple[Values, NDArray[np.float64]]:
+    """Return the volume in one file, [X, Y, Z] on [0, 1], and its affine [4, 4] to millimetres."""
+    (path,) = paths
+    image = nibabel.load(path)
+    values = _float32(_first_volume(image))
+    if min(values.shape) < 2:
+        raise ReadError("no volume: it has one slice")
+    return shown_volume(values, window), np.asarray(image.affine, np.float64)
 
 
 def _first_volume(image: Any) -> Any:

@@ -9,6 +9,7 @@ from wardround.config.federation import DataConfig
 from wardround.data.intensities import to_square
 from wardround.data.labelled import LabelledImages
 from wardround.data.phantom import FINDINGS, draw_anatomy, draw_image
+from wardround.errors import DataError
 
 POSITIONS = {"tilted left": -6.0, "straight": 0.0, "tilted right": 6.0}  # degrees, each give or take 2
 _IMAGES_PER_PATIENT = 2
@@ -35,6 +36,10 @@ def _labelled(
     count: int, seed: int, data: DataConfig, classes: tuple[str, ...], tilts: Sequence[float | None]
 ) -> LabelledImages:
     """Return phantoms whose patients take the classes, and the findings, in turn."""
+    if data.dimensions == 3:
+        raise DataError(
+            "procedural images are flat, and [data] dimensions = 3; what needs them takes a labelled folder."
+        )
     images = np.empty((count, data.channels, data.image_size, data.image_size), np.uint8)
     patients = np.arange(count) // _IMAGES_PER_PATIENT
     for place in tqdm(range(count), "phantoms", unit="image", disable=None, delay=2, leave=False):

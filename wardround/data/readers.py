@@ -37,18 +37,25 @@ _STARTS = {
     b"\x93NUMPY": "array",
     b"PK\x03\x04": "array",
 }
+_VOLUMES = ("DICOM", "volume")
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgh", ".mgz")
 
 
-def read_facts(path: Path) -> Facts:
-    """Return what a file says of itself. Raises ReadError, with the reason, and nothing else."""
-    with _reasons("header"):
-        return READERS[format_of(path)].facts(path)
+def read_facts(path: Path, dimensions: int = 2) -> Facts:
+    """Return what a file says of itself, as an image or part of a volume. Raises ReadError, and nothing else."""
+    with reasons("header"):
+        kind = format_of(path)
+        if dimensions == 3 and kind not in _VOLUMES:
+            raise ReadError(f"no volume: a file of kind '{kind}'; volumes are NIfTI files and DICOM series")
+        facts = READERS[kind].facts(path)
+        if dimensions == 3 and facts.channels != 1:
+            raise ReadError("no volume: it is in colour, and volumes are grey")
+        return facts
 
 
 def read_frames(path: Path, numbers: Sequence[int], window: Window | None) -> Iterator[Frame]:
     """Yield the frames of these numbers, [H, W, 1 or 3] on [0, 1]. Raises ReadError, and nothing else."""
-    with _reasons("pixels"):
+    with reasons("pixels"):
         yield from READERS[format_of(path)].frames(path, numbers, window)
 
 
@@ -111,7 +118,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _reasons(part: str) -> Iterator[None]:
+def reasons(part: str) -> Iterator[None]:
     """Turn whatever a library raises on a damaged file into ReadError.
 
     The library's own text is left out: it may quote a patient's data.

@@ -26,28 +26,31 @@ class Selection:
 
 
 def select(
-    contents: Mapping[str, Sequence[Listed]],
+    units: Mapping[str, Sequence[Sequence[Listed]]],
     entries: Mapping[str, Entry],
     data: DataConfig,
     salt: bytes,
     opt_outs: frozenset[str],
 ) -> Selection:
-    """Return the samples of these contents (content key -> its files) in content order."""
+    """Return the samples of these units in content order.
+
+    A unit is a file, or a series of them: its key -> for each content, the files that have it.
+    """
     result = Selection()
     numbers: dict[str, int] = {}
     taken: Counter[str] = Counter()
-    for key in sorted(contents):
-        entry, files = entries[key], contents[key]
-        listed = sorted(one.patient for one in files if one.patient)
-        result.duplicates += len(files) - 1
+    for key in sorted(units):
+        entry, contents = entries[key], units[key]
+        listed = sorted(one.patient for files in contents for one in files if one.patient)
+        result.duplicates += sum(len(files) - 1 for files in contents)
         if opt_outs & {entry.patient, *(pseudonym(salt, patient) for patient in listed)}:
-            result.opted_out += 1
+            result.opted_out += len(contents)
         elif entry.reason:
-            result.quarantined.append((files[0].name, entry.reason))
+            result.quarantined += [(files[0].name, entry.reason) for files in contents]
         elif entry.excluded:
-            result.excluded[entry.excluded] += 1
+            result.excluded[entry.excluded] += len(contents)
         else:
-            result.read += 1
+            result.read += len(contents)
             # The table's word counts before the file's; without either a file is a patient of its own.
             patient = pseudonym(salt, listed[0]) if listed else entry.patient or key
             frames = _frames(entry, data, taken[patient], result.skipped_frames)

@@ -1,6 +1,5 @@
 """What is compared on the same images: the backbone, its random initialisation, and raw pixels."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,20 +10,21 @@ from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
 from wardround import ssl as methods
-from wardround.backbones import timm_model
-from wardround.config import Protocol, parse
-from wardround.downstream.load import load_backbone
-from wardround.errors import CheckpointError
+from wardround.backbones import released_model
+from wardround.downstream.load import load_backbone, protocol_of
 from wardround.probe import features
-from wardround.registry.release import PROVENANCE
+
+__all__ = ["Arm", "protocol_of", "raw_pixels", "three_arms"]
 
 Arm = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # images [N, C, S, S] -> features [N, D]
 RAW_SIZE = 32
 
 
 def three_arms(folder: Path, *, device: str = "cpu", autocast: bool = False) -> dict[str, Arm]:
-    """Return the arms of a release by name; `random` is the state that its training started from.
+    """Return the arms of a release by name; `random` is the encoder that the seed initialises.
 
+    With batch normalisation, `random` takes its statistics from the very images that it is given, as
+    it has no others; that can only flatter it.
     Raises CheckpointError for a release that does not say how it was trained.
     """
     recipe = protocol_of(folder)
@@ -32,7 +32,7 @@ def three_arms(folder: Path, *, device: str = "cpu", autocast: bool = False) -> 
     frozen = partial(features, mean=recipe.data.mean, std=recipe.data.std, device=device, autocast=autocast)
     return {
         "backbone": partial(frozen, load_backbone(folder)),
-        "random": partial(frozen, timm_model(recipe, start)),
+        "random": lambda images: frozen(released_model(recipe, start, images), images),
         "raw pixels": raw_pixels,
     }
 
@@ -45,12 +45,3 @@ def raw_pixels(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     ]
     flat: NDArray[np.float32] = torch.cat(small).flatten(1).numpy()
     return flat
-
-
-def protocol_of(folder: Path) -> Protocol:
-    """Return the protocol in a release's provenance. Raises CheckpointError where there is none."""
-    try:
-        found = json.loads((folder / PROVENANCE).read_bytes())["protocol"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: '{PROVENANCE}' does not say how the backbone was trained.") from error
-    return parse(found, Protocol, f"{folder / PROVENANCE}")

@@ -1,9 +1,6 @@
 """A released backbone as a timm model."""
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Iterator
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +8,13 @@ import timm
 from safetensors import SafetensorError
 from torch import nn
 
+from wardround.backbones import reloaded
+from wardround.config import Protocol, parse
 from wardround.errors import CheckpointError, ConfigError
-from wardround.registry import release
+from wardround.registry.release import CONFIG, PROVENANCE
+from wardround.registry.source import release_folder
+
+__all__ = ["load_backbone", "protocol_of", "release_folder"]
 
 
 def load_backbone(
@@ -26,6 +28,8 @@ def load_backbone(
 ) -> nn.Module:
     """Return a backbone as timm's model with its trained weights; `num_classes` adds a new, untrained classifier.
 
+    Where stock timm would build another function from the same weights, Wardround builds the network.
+
     `source` is a release folder, a finished run folder, `NAME@alias` or `NAME/version`; the latter two
     are fetched from MLflow at `uri`, by default $MLFLOW_TRACKING_URI. Another `in_chans` or `img_size`
     adapts the trained weights; with `features_only` the model returns the maps of its stages.
@@ -37,37 +41,28 @@ def load_backbone(
         arguments["num_classes"] = num_classes
     with release_folder(source, uri) as folder:
         try:
-            model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments)
-        except (RuntimeError, ValueError, TypeError, AssertionError, SafetensorError) as error:
+            if _stock_timm_loads(folder):
+                model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments)
+            else:
+                model = reloaded(protocol_of(folder), folder, **arguments)
+                model.pretrained_cfg = json.loads((folder / CONFIG).read_bytes())["pretrained_cfg"]
+        except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, SafetensorError) as error:
             given = ", ".join(f"{key} = {value}" for key, value in arguments.items())
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"backbone '{source}': timm cannot build it with {given}: {reason}") from error
     return model
 
 
-@contextlib.contextmanager
-def release_folder(source: str | Path, uri: str | None = None) -> Iterator[Path]:
-    """Give the verified release folder of a source as `load_backbone` takes it; a pulled one lasts as long.
+def protocol_of(folder: Path) -> Protocol:
+    """Return the protocol in a release's provenance. Raises CheckpointError where there is none."""
+    try:
+        found = json.loads((folder / PROVENANCE).read_bytes())["protocol"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: '{PROVENANCE}' does not say how the backbone was trained.") from error
+    return parse(found, Protocol, f"{folder / PROVENANCE}")
 
-    Raises ConfigError for a source that is none, CheckpointError for a release that is damaged or not there yet.
-    """
-    path = Path(source)
-    if path.is_dir():
-        if (path / "protocol.json").exists():  # a run folder
-            path = path / "release"
-            if not path.exists():
-                raise CheckpointError(
-                    f"{source}: the run has released nothing yet; start its command again to finish it."
-                )
-        release.check(path)
-        yield path
-        return
-    if "@" not in str(source) and "/" not in str(source):
-        raise ConfigError(f"backbone '{source}': is neither a folder nor NAME@alias; 'wardround models' lists them.")
-    address = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if address is None:
-        raise ConfigError(f"backbone '{source}': MLflow's address is not known; set MLFLOW_TRACKING_URI.")
-    from wardround.registry.mlflow_store import Store  # takes two seconds, which a folder need not wait for
 
-    with tempfile.TemporaryDirectory() as aside:
-        yield Store(address).pull(str(source), Path(aside) / "release")
+def _stock_timm_loads(folder: Path) -> bool:
+    """Return what provenance says; a folder without any was written by timm."""
+    path = folder / PROVENANCE
+    return not path.exists() or bool(json.loads(path.read_bytes()).get("stock_timm", True))

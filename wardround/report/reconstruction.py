@@ -12,6 +12,7 @@ from wardround import ssl as methods
 from wardround.config.federation import Recipe
 from wardround.ssl.draws import generator
 from wardround.ssl.mae import MAE, patchify, random_order, unpatchify
+from wardround.ssl.spark import SparK
 from wardround.ssl.views import normalise
 from wardround.update import State
 
@@ -19,18 +20,18 @@ from wardround.update import State
 def draw_reconstructions(recipe: Recipe, state: State, images: NDArray[np.uint8], path: Path, title: str) -> bool:
     """Write a PNG of images, of what the encoder sees, and of the reconstruction; False where the method has none.
 
-    images: [N, C, S, S]; the first eight are drawn, with the same masks in every round.
+    images: [N, C, S, S]; the first eight are drawn, with the same masks in every round. Of volumes,
+    [N, C, S, S, S], the middle slice is drawn.
     """
     method = methods.build(recipe)
-    if not isinstance(method, MAE):
+    if not isinstance(method, MAE | SparK):
         return False
     methods.set_state(method, state)
     method.eval()
     shown = torch.from_numpy(np.array(images[:8])).float() / 255.0
-    order = random_order(len(shown), method.head.tokens, generator(recipe.seed, "report"))
     with torch.no_grad():
-        seen, filled = _panels(method, recipe, shown, order)
-    rows = {"image": shown, "seen": seen, "reconstructed": filled}
+        seen, filled = _panels(method, recipe, shown)
+    rows = {name: _flat(panel) for name, panel in (("image", shown), ("seen", seen), ("reconstructed", filled))}
     figure = Figure(figsize=(1.3 * len(shown), 1.35 * len(rows) + 0.4), dpi=110, layout="constrained")
     axes = figure.subplots(len(rows), len(shown), squeeze=False)
     for line, (name, panel) in zip(axes, rows.items(), strict=True):
@@ -44,19 +45,26 @@ def draw_reconstructions(recipe: Recipe, state: State, images: NDArray[np.uint8]
     return True
 
 
-def _panels(method: MAE, recipe: Recipe, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+def _panels(method: MAE | SparK, recipe: Recipe, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return what the encoder sees (grey elsewhere) and the image with its hidden patches filled in."""
-    patch, channels = method.backbone.patch, recipe.data.channels
-    pixels = patchify(images, patch)  # [N, T, P * P * C]
-    predicted = method.predict(normalise(images, recipe.data), order)
-    target = patchify(normalise(images, recipe.data), patch)
+    patch = method.backbone.patch if isinstance(method, MAE) else method.patch
+    channels = recipe.data.channels
+    views = normalise(images, recipe.data)
+    pixels, target = patchify(images, patch), patchify(views, patch)  # [N, T, P * P * C]
+    order = random_order(len(images), pixels.shape[1], generator(recipe.seed, "report"))
+    predicted = method.predict(views, order)
     if method.settings.normalised_pixels:
         # The network predicts each patch up to brightness and contrast; for the eye they are put back.
         predicted = predicted * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
-    std = torch.tensor(recipe.data.std).view(1, channels, 1, 1)
-    mean = torch.tensor(recipe.data.mean).view(1, channels, 1, 1)
-    predicted = patchify(unpatchify(predicted, patch, channels) * std + mean, patch)
+    std, mean = (
+        torch.tensor(constant).repeat(pixels.shape[2] // channels) for constant in (recipe.data.std, recipe.data.mean)
+    )
     visible = torch.zeros(pixels.shape[:2]).scatter_(1, order[:, : method.num_visible], 1.0).unsqueeze(-1)
     seen = pixels * visible + 0.5 * (1 - visible)
-    filled = pixels * visible + predicted * (1 - visible)
+    filled = pixels * visible + (predicted * std + mean) * (1 - visible)
     return unpatchify(seen, patch, channels), unpatchify(filled, patch, channels)
+
+
+def _flat(images: Tensor) -> Tensor:
+    """Return the images, or the middle slices of volumes: [N, C, S, S]."""
+    return images[:, :, images.shape[2] // 2] if images.ndim == 5 else images

@@ -26,7 +26,8 @@ def plan_table(plan: Plan, cost: Cost) -> Table:
         "protocol digest": plan.digest,
         "backbone": f"{config.backbone.name}, {cost.backbone_parameters:,} parameters",
         "method": f"{config.method.name}, head {cost.head_parameters:,} parameters (thrown away)",
-        "images": f"{config.data.image_size} x {config.data.image_size}, {config.data.channels} channel(s)",
+        "loss": f"couples images: {cost.coupling}" if cost.coupling else "decomposes over images, so over patients",
+        "images": f"{' x '.join(str(edge) for edge in config.data.shape[1:])}, {config.data.channels} channel(s)",
         "rounds": f"{training.rounds} of {training.local_steps} local steps",
         "batch": f"{training.batch_size} images, {training.precision}",
         "bytes a round and site": f"{cost.bytes_per_message:,} down, {cost.bytes_per_message:,} up",
@@ -68,16 +69,16 @@ def left_out_lines(sites: Mapping[str, SiteImages], most: int = 5) -> list[str]:
 
 
 def rounds_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Return each committed round's loss, sites, time and bytes."""
-    made = table("Rounds", "round", "loss", "sites", "images", "seconds", "MB received")
+    """Return each committed round's loss, effective rank (the lowest of the sites), sites, time and bytes."""
+    made = table("Rounds", "round", "loss", "rank", "sites", "images", "seconds", "MB received")
     for number, record in enumerate(records, start=1):
         sites = record["sites"].values()
         loss = sum(site["weight"] * site["loss"] for site in sites)
         images = sum(site["images"] for site in sites)
         megabytes = record["bytes_received"] / 1e6
-        made.add_row(
-            str(number), f"{loss:.4f}", str(len(sites)), f"{images:,}", f"{record['seconds']:.1f}", f"{megabytes:.1f}"
-        )
+        rank = min(site["effective_rank"] for site in sites)
+        figures = (f"{loss:.4f}", f"{rank:.1f}", str(len(sites)), f"{images:,}")
+        made.add_row(str(number), *figures, f"{record['seconds']:.1f}", f"{megabytes:.1f}")
     return made
 
 

@@ -6,6 +6,7 @@ round that is not yet logged is logged at the next commit, or by the next start 
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from wardround.backbones import save_release
 from wardround.config import FederationConfig
 from wardround.data import procedural_set, read_labelled
 from wardround.errors import TrackingError
+from wardround.probe.monitor import Monitor
 from wardround.registry.durable import write_file
 from wardround.registry.mlflow_store import Store
 from wardround.registry.versions import versions
@@ -38,6 +40,8 @@ class Tracking:
     def committed(self, number: int) -> None:
         """Say, draw and log what a commit brought."""
         tqdm.write(round_line(self.run, number))
+        for warning in collapse_lines(self.run.record(number)["sites"]):
+            tqdm.write(warning)
         self.draw(number)
         try:
             self.log()
@@ -108,7 +112,10 @@ class Tracking:
 
 
 def export(run: RunFolder) -> Path:
-    """Write the newest committed backbone as a timm folder below the run folder, and return it."""
+    """Write the newest committed backbone as a release folder below the run folder, and return it.
+
+    Raises ConfigError for batch normalisation without an evaluation set, whose images give its statistics.
+    """
     number = run.committed()[-1]
     folder = run.path / "release"
     provenance = {
@@ -120,7 +127,8 @@ def export(run: RunFolder) -> Path:
         "differential_privacy": "none",
         "versions": versions(),
     }
-    save_release(run.protocol, run.checkpoint(number).state, folder, provenance)
+    images = evaluation_images(run.config) if run.config.backbone.norm == "batch" else None
+    save_release(run.protocol, run.checkpoint(number).state, folder, provenance, images)
     return folder
 
 
@@ -156,6 +164,20 @@ def round_line(run: RunFolder, number: int) -> str:
         f"round {number} of {run.config.training.rounds}: loss {numbers['loss']:.4f}, "
         f"{int(numbers['sites'])} sites, {numbers['seconds']:.1f} s{refused}"
     )
+
+
+def collapse_lines(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a warning for each site to whose backbone all images have come to look alike."""
+    lines = []
+    for site, declared in sites.items():
+        seen = Monitor(**{field.name: declared[field.name] for field in fields(Monitor)})
+        if seen.collapsed:
+            lines.append(
+                f"warning: site '{site}': features collapse (effective rank {seen.effective_rank:.1f}, spread "
+                f"{seen.feature_spread:.3f}): all images look alike to the backbone. Lower [training] learning_rate, "
+                "or take a method with a teacher or with negatives."
+            )
+    return lines
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -6,14 +6,13 @@ a private engine can take the same module.
 """
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from wardround.backbones import Token, ViT, initialise, sincos_positions
+from wardround.backbones import Token, ViT, initialise, resampled, sincos_positions, transformer
 from wardround.config.federation import Recipe
 from wardround.config.method import MAEConfig
 from wardround.ssl.method import Method
-from wardround.ssl.views import augment, normalise
+from wardround.ssl.views import view
 
 
 class MAE(Method):
@@ -29,9 +28,9 @@ class MAE(Method):
         self.head = Decoder(self.backbone, recipe.method, recipe.data.channels)
 
     def prepare(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return views and the order of their patches: [B, C, S, S] in [0, 1] -> [B, C, S, S], [B, N]."""
-        views = normalise(augment(images, self.recipe.views, generator), self.recipe.data)
-        return views, random_order(len(images), self.head.tokens, generator).to(images.device)
+        """Return views and the order of their patches: [B, C, *size] in [0, 1] -> [B, C, *size], [B, N]."""
+        views = view(images, self.recipe, generator, self.view_size, intensities=False)
+        return views, random_order(len(images), self.num_patches, generator).to(images.device)
 
     def embed(self, views: Tensor, order: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # its own inputs
         """Return each image's mean squared error over its hidden patches: [B]."""
@@ -44,22 +43,27 @@ class MAE(Method):
     def predict(self, views: Tensor, order: Tensor) -> Tensor:
         """Return the prediction of every patch: [B, N, P * P * C]."""
         tokens = take(self.backbone.embed(views), order[:, : self.num_visible])
-        prediction: Tensor = self.head(self.backbone.encode(tokens), order)
+        prediction: Tensor = self.head(self.backbone.encode(tokens), order, self.grid(views))
         return prediction
+
+    def grid(self, views: Tensor) -> tuple[int, ...]:
+        """Return how many patches a view has along each axis."""
+        return tuple(edge // self.backbone.patch for edge in views.shape[2:])
 
     def errors(self, target: Tensor, prediction: Tensor, order: Tensor) -> Tensor:
         """Return the error of each image, in float32 whatever the precision of the network."""
         hidden = order[:, self.num_visible :]
-        target, prediction = take(target, hidden), take(prediction, hidden).float()
-        if self.settings.normalised_pixels:
-            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        return (prediction - target).square().mean(dim=(1, 2))
+        return hidden_errors(target, prediction, hidden, normalised=self.settings.normalised_pixels)
+
+    @property
+    def num_patches(self) -> int:
+        """How many patches a view has."""
+        return int((self.view_size // self.backbone.patch) ** len(self.backbone.grid))
 
     @property
     def num_visible(self) -> int:
         """How many patches the encoder sees: at least one, and not all."""
-        visible = int(self.head.tokens * (1 - self.settings.mask_ratio))
-        return min(max(visible, 1), self.head.tokens - 1)
+        return visible_count(self.num_patches, self.settings.mask_ratio)
 
 
 class Decoder(nn.Module):
@@ -69,29 +73,43 @@ class Decoder(nn.Module):
 
     def __init__(self, backbone: ViT, method: MAEConfig, channels: int) -> None:
         super().__init__()
-        dim, norm = method.decoder_dim, nn.LayerNorm
-        self.tokens = backbone.grid[0] * backbone.grid[1]
+        dim = method.decoder_dim
+        self.grid = backbone.grid
         self.embed = nn.Linear(backbone.dim, dim)
         self.mask_token = Token(dim)
-        self.blocks = nn.ModuleList(
-            Block(dim, method.decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(method.decoder_depth)
-        )
-        self.norm = norm(dim)
-        self.pixels = nn.Linear(dim, backbone.patch**2 * channels)
+        self.blocks = transformer(dim, method.decoder_heads, method.decoder_depth)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pixels = nn.Linear(dim, backbone.patch ** len(backbone.grid) * channels)
         self.register_buffer("positions", sincos_positions(dim, backbone.grid), persistent=False)
         initialise(self)
 
-    def forward(self, encoded: Tensor, order: Tensor) -> Tensor:
+    def forward(self, encoded: Tensor, order: Tensor, grid: tuple[int, ...]) -> Tensor:
         """[B, 1 + V, D] of class token and visible patches, and their order [B, N] -> [B, N, P * P * C]."""
         x = self.embed(encoded)
-        hidden = x.new_zeros(x.shape[0], self.tokens + 1 - x.shape[1], x.shape[2])
+        hidden = x.new_zeros(x.shape[0], order.shape[1] + 1 - x.shape[1], x.shape[2])
         patches = torch.cat([x[:, 1:], self.mask_token(hidden)], dim=1)
-        patches = take(patches, order.argsort(dim=1)) + self.positions
+        patches = take(patches, order.argsort(dim=1)) + resampled(self.positions, self.grid, grid)
         x = torch.cat([x[:, :1], patches], dim=1)
         for block in self.blocks:
             x = block(x)
         prediction: Tensor = self.pixels(self.norm(x[:, 1:]))
         return prediction
+
+
+def visible_count(patches: int, mask_ratio: float) -> int:
+    """Return how many patches of an image are seen: at least one, and not all."""
+    return min(max(int(patches * (1 - mask_ratio)), 1), patches - 1)
+
+
+def hidden_errors(target: Tensor, prediction: Tensor, hidden: Tensor, *, normalised: bool) -> Tensor:
+    """Return each image's mean squared error over its hidden patches, in float32: [B, N, D], [B, K] -> [B].
+
+    `normalised` compares with each patch minus its mean over its standard deviation.
+    """
+    target, prediction = take(target, hidden), take(prediction, hidden).float()
+    if normalised:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    return (prediction - target).square().mean(dim=(1, 2))
 
 
 def random_order(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
@@ -105,14 +123,20 @@ def take(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """Return an image's patches row by row, each as pixels with channels last: [B, N, P * P * C]."""
-    batch, channels, height, width = images.shape
-    x = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
+    """Return an image's patches row by row, each as pixels with channels last: [B, N, P * P * C].
+
+    A volume's, slice by slice: [B, C, S, S, S] -> [B, N, P * P * P * C].
+    """
+    batch, channels, *size = images.shape
+    x = images.reshape(batch, channels, *(n for edge in size for n in (edge // patch, patch)))
+    places, inside = range(2, x.ndim, 2), range(3, x.ndim, 2)
+    return x.permute(0, *places, *inside, 1).reshape(batch, -1, patch ** len(size) * channels)
 
 
 def unpatchify(patches: Tensor, patch: int, channels: int) -> Tensor:
-    """Return the image that `patchify` took apart: [B, N, P * P * C] -> [B, C, S, S]."""
-    side = round(patches.shape[1] ** 0.5)
-    x = patches.reshape(-1, side, side, patch, patch, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
+    """Return the image or volume that `patchify` took apart: a square [B, C, S, S] or a cube [B, C, S, S, S]."""
+    axes = 2 if patches.shape[2] == patch**2 * channels else 3
+    side = round(patches.shape[1] ** (1 / axes))
+    x = patches.reshape(-1, *[side] * axes, *[patch] * axes, channels)
+    pairs = (place for axis in range(1, axes + 1) for place in (axis, axis + axes))
+    return x.permute(0, x.ndim - 1, *pairs).reshape(-1, channels, *[side * patch] * axes)

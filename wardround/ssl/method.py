@@ -19,7 +19,7 @@ class Method(nn.Module):
 
     backbone: Backbone
     head: nn.Module
-    teacher: Teacher | None = None  # follows the student and never leaves the site
+    teacher: Teacher | None  # follows the student and never leaves the site
     view_size: int  # edge of a view in pixels; early rounds may take smaller ones
 
     def __init__(self, recipe: Recipe) -> None:
@@ -27,6 +27,7 @@ class Method(nn.Module):
         self.recipe = recipe
         self.backbone = build(recipe.backbone, recipe.data)
         self.view_size = recipe.data.image_size
+        self.teacher = None  # no class attribute: it would hide the module that a method sets
 
     def prepare(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Return the inputs of `embed`, with all randomness in them.

@@ -1,0 +1,40 @@
+"""Where a release comes from: a folder, a finished run, or a registered name."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from wardround.errors import CheckpointError, ConfigError
+from wardround.registry import release
+
+
+@contextlib.contextmanager
+def release_folder(source: str | Path, uri: str | None = None) -> Iterator[Path]:
+    """Give the verified release folder of a source; a pulled one lasts as long.
+
+    `source` is a release folder, a finished run folder, `NAME@alias` or `NAME/version`; the latter two
+    are fetched from MLflow at `uri`, by default $MLFLOW_TRACKING_URI.
+    Raises ConfigError for a source that is none, CheckpointError for a release that is damaged or not there yet.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if (path / "protocol.json").exists():  # a run folder
+            path = path / "release"
+            if not path.exists():
+                raise CheckpointError(
+                    f"{source}: the run has released nothing yet; start its command again to finish it."
+                )
+        release.check(path)
+        yield path
+        return
+    if "@" not in str(source) and "/" not in str(source):
+        raise ConfigError(f"backbone '{source}': is neither a folder nor NAME@alias; 'wardround models' lists them.")
+    address = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if address is None:
+        raise ConfigError(f"backbone '{source}': MLflow's address is not known; set MLFLOW_TRACKING_URI.")
+    from wardround.registry.mlflow_store import Store  # takes two seconds, which a folder need not wait for
+
+    with tempfile.TemporaryDirectory() as aside:
+        yield Store(address).pull(str(source), Path(aside) / "release")

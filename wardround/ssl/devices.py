@@ -1,0 +1,68 @@
+"""Where a site trains: device, precision and several processes, by Lightning Fabric."""
+
+import logging
+import pickle
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Result = TypeVar("Result")
+Job = TypeVar("Job")
+
+_PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What of a site's hardware a round uses. It changes no gradient beyond rounding."""
+
+    device: str = "cpu"  # cpu, cuda or cuda:N
+    devices: int = 1  # processes, each with a device of its own
+    threads: int = 0  # of each process; 0 means all
+    micro_batch: int = 0  # images at once in each process; 0 means as many as memory takes
+    checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
+
+
+def open_fabric(machine: Machine, precision: str) -> "Fabric":
+    """Return the Fabric of this machine; its processes start with `launch`."""
+    from lightning_fabric import Fabric  # takes a second, which commands that do not train need not wait for
+
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)  # it would announce what the config says already
+    kind, _, number = machine.device.partition(":")
+    devices: int | list[int] = [int(number)] if number else machine.devices
+    strategy = "ddp_spawn" if machine.devices > 1 else "auto"
+    return Fabric(accelerator=kind, devices=devices, strategy=strategy, precision=_PRECISIONS[precision])  # type: ignore[arg-type]  # its literals
+
+
+def launch(work: Callable[["Fabric", Job], Result], machine: Machine, precision: str, job: Job) -> Result:
+    """Return what `work` returns in the first process; all of them run it. `job` is pickled where there are several."""
+    fabric = open_fabric(machine, precision)
+    if machine.devices == 1:
+        return _work(fabric, work, machine, job)
+    # By a file: Fabric waits for its processes before it reads their answer, so that a large one
+    # never ends, and it takes answers apart, where it fails on frozen dataclasses.
+    with tempfile.TemporaryDirectory() as aside:
+        path = Path(aside) / "result"
+        fabric.launch(partial(_to_file, path, work, machine, job))
+        result: Result = pickle.loads(path.read_bytes())  # noqa: S301  # of our own process
+    return result
+
+
+def _to_file(path: Path, work: Callable[["Fabric", Job], Result], machine: Machine, job: Job, fabric: "Fabric") -> None:
+    result = _work(fabric, work, machine, job)
+    if fabric.global_rank == 0:
+        path.write_bytes(pickle.dumps(result))
+
+
+def _work(fabric: "Fabric", work: Callable[["Fabric", Job], Result], machine: Machine, job: Job) -> Result:
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    return work(fabric, job)
