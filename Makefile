@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast lint docs setup lock clean
+.PHONY: demo test test-fast lint docs matrix setup lock clean
 
 demo: setup
 	$(BIN)/wardround demo
@@ -24,6 +24,10 @@ lint: setup
 
 docs: setup
 	$(BIN)/python docs/make_reference.py
+
+# Every method on every family of backbones: about a quarter of an hour.
+matrix: setup
+	$(BIN)/python benchmarks/matrix.py --whole --out benchmarks/results/$$(date +%F)-matrix.md
 
 setup: $(READY)
 

@@ -136,17 +136,18 @@ def check(method: str, backbone: str, steps: int = STEPS) -> Pair:
     try:
         first, last = train(built, config, steps)
         check_state(built, config)
-        again = methods.build(config)
-        train(again, config, 1)
-        twice = methods.build(config)
-        train(twice, config, 1)
-        _must(
-            state_hash(methods.get_state(again)) == state_hash(methods.get_state(twice)),
-            "the same seed gave different bits",
-        )
+        if steps == STEPS:
+            _must(_bits(config) == _bits(config), "the same seed gave different bits")
     except (AssertionError, RuntimeError, ValueError, KeyError) as error:
         return Pair(method, backbone, "broken", f"{type(error).__name__}: {str(error)[:200]}")
     return Pair(method, backbone, "trains", "", first, last, time.perf_counter() - started)
+
+
+def _bits(config: Recipe) -> str:
+    """Return the hash of the state after a step from the seed."""
+    built = methods.build(config)
+    train(built, config, 1)
+    return state_hash(methods.get_state(built))
 
 
 def train(built: Method, config: Recipe, steps: int) -> tuple[float, float]:

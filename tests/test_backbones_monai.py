@@ -14,6 +14,7 @@ from wardround.backbones import ViT, build, resampled, sincos_positions
 from wardround.backbones.families import VOLUME_FAMILIES
 from wardround.config import FederationConfig
 from wardround.errors import ConfigError
+from wardround.plan import resolve
 from wardround.ssl.draws import generator
 from wardround.ssl.mae import MAE, patchify, random_order, unpatchify
 from wardround.ssl.optimiser import adamw
@@ -234,3 +235,19 @@ def test_what_does_not_fit_volumes_is_refused_with_the_reason(config: dict[str, 
     recipe = tiny(**config)
     with pytest.raises(ConfigError, match=words):
         build(recipe.backbone, recipe.data)
+
+
+@pytest.mark.parametrize("name", ["monai_resnet10", "monai_swinunetr_small"])
+def test_checkpointing_that_a_volumes_network_cannot_is_refused(name: str) -> None:
+    recipe = volumetric({"name": name}, 32)
+    with (
+        pytest.raises(ConfigError, match="checkpointing = true: this federation's backbone cannot"),
+        torch.device("meta"),
+    ):
+        build(recipe.backbone, recipe.data).checkpoint_activations()
+
+
+def test_a_view_that_is_no_whole_patches_is_refused() -> None:
+    method = {"name": "simclr", "hidden_dim": 16, "output_dim": 8}
+    with pytest.raises(ConfigError, match="does not take views of 12 pixels"):
+        resolve(volumetric(method=method, training={"resolutions": [[1, 12], [2, 16]]}))

@@ -242,7 +242,7 @@ def test_activations_computed_again_without_the_mask_are_refused() -> None:
         ("inception_v3", 96, "gives a map of 47 x 47"),
         ("inception_v4", 96, "gives a map of 47 x 47"),
         ("inception_resnet_v2", 96, "gives a map of 47 x 47"),
-        ("resnet18", 72, "gives a map of 5 x 5, which does not lie on the last map's grid of 3 x 3 over 72 pixels"),
+        ("resnet18", 72, "gives a map of 5 x 5: it, the last map's 3 x 3 and the image's 72 pixels do not divide"),
         ("resnet18", 32, "is 1 x 1; masked autoencoding needs at least two positions an edge"),
         ("skresnet18", 64, "works on the whole map at once"),
         ("gcresnext26ts", 64, "works on the whole map at once"),

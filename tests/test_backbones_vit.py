@@ -55,6 +55,7 @@ def test_a_release_states_its_own_normalisation_and_hashes(tmp_path: Path) -> No
         ({"name": "vit_tiny_patch16_223"}, "'vit_tiny_patch16_223': is no architecture of timm"),
         ({"name": "resnet18", "patch_size": 4}, "patch_size and depth are keys of ViTs; 'resnet18' is none"),
         ({"name": "vit_small_patch14_reg4_dinov2", "patch_size": 8}, "is no plain ViT"),
+        ({"name": "vit_intern300m_patch14_448", "patch_size": 8}, "and a last norm"),
     ],
 )
 def test_what_is_no_plain_vit_is_refused_with_the_reason(backbone: dict[str, object], words: str) -> None:

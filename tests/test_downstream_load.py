@@ -115,6 +115,8 @@ def test_a_source_that_is_nothing_is_said_to_be_nothing(monkeypatch: pytest.Monk
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConfigError, match="is neither a folder nor NAME@alias"):
         load_backbone("retina")
+    with pytest.raises(ConfigError, match="'releases/retina': is neither a folder nor NAME@alias nor NAME/version"):
+        load_backbone("releases/retina")
     with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_URI"):
         load_backbone("retina@champion")
 

@@ -8,6 +8,7 @@ import torch
 from conftest import tiny
 
 from wardround import ssl as methods
+from wardround.errors import UpdateError
 from wardround.probe.monitor import Monitor, figures, watch
 from wardround.server.tracking import collapse_lines
 
@@ -49,6 +50,22 @@ def test_a_backbone_is_watched_alike_whenever_asked_and_stays_in_training() -> N
         backbone.norm.weight.zero_()
         backbone.norm.bias.fill_(1.0)
     assert watch(backbone, IMAGES, config, "lyon").collapsed
+
+
+def test_a_few_images_at_once_give_the_same_figures() -> None:
+    config = tiny()
+    backbone = methods.build(config).backbone
+    whole, cut = (vars(watch(backbone, IMAGES, config, "lyon", at_once)) for at_once in (64, 3))
+    assert cut == pytest.approx(whole, rel=1e-4)
+
+
+def test_features_that_are_no_numbers_are_said_by_name() -> None:
+    config = tiny()
+    backbone = methods.build(config).backbone
+    with torch.no_grad():
+        backbone.norm.bias[0] = torch.nan
+    with pytest.raises(UpdateError, match="site 'lyon': the backbone's features are not finite"):
+        watch(backbone, IMAGES, config, "lyon")
 
 
 def test_a_collapse_is_a_warning_that_names_the_site() -> None:

@@ -14,7 +14,8 @@ from wardround.errors import ConfigError
 from wardround.ssl.draws import generator
 from wardround.ssl.heads import cosines
 from wardround.ssl.moco import MoCo, contrast
-from wardround.ssl.simclr import SimCLR, info_nce, nt_xent, public_bank
+from wardround.ssl.public import public_bank
+from wardround.ssl.simclr import SimCLR, info_nce, nt_xent
 
 PUBLIC = {"name": "simclr", "hidden_dim": 32, "output_dim": 16, "negatives": "public", "bank_size": 9, "bank_draw": 4}
 
@@ -136,13 +137,13 @@ def test_the_bank_stays_out_of_the_state() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"backbone": {"norm": "batch"}}, "mixes them again"),
-        ({"data": {"dimensions": 3, "spacing": [1.0, 1.0, 1.0]}}, "no procedural volumes"),
+        ({"backbone": {"norm": "batch"}}, "norm = .batch. mixes images"),
+        ({"data": {"dimensions": 3, "spacing": [1.0, 1.0, 1.0]}}, "procedural images are flat"),
     ],
 )
 def test_public_negatives_are_refused_where_they_are_no_use(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=rf"negatives = 'public'.*{reason}.*Take "):
-        public_bank(tiny(method=PUBLIC, **changes), 9)
+        public_bank(tiny(method=PUBLIC, **changes), 9, "negatives", "negatives = 'batch'")
 
 
 def test_a_bank_of_the_batchs_other_views_gives_nt_xent() -> None:

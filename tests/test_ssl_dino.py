@@ -15,7 +15,7 @@ from wardround import ssl as methods
 from wardround.config import FederationConfig
 from wardround.data import procedural_set
 from wardround.errors import ConfigError
-from wardround.ssl.dino import BANK, DINO, Prototypes, distillation, phantoms
+from wardround.ssl.dino import BANK, DINO, Prototypes, distillation
 from wardround.ssl.draws import generator
 from wardround.ssl.engine import Plain
 from wardround.ssl.pretrain import pretrain
@@ -256,10 +256,14 @@ def test_a_public_centre_is_the_teachers_mean_over_phantoms_whatever_the_student
 
 
 def test_a_public_centre_is_refused_where_it_is_of_no_use() -> None:
-    with pytest.raises(ConfigError, match=r"norm = 'batch' mixes images"):
-        phantoms(tiny(method={"name": "dino"}, backbone={"name": "resnet18", "norm": "batch"}))
-    with pytest.raises(ConfigError, match=r"dimensions = 3, and phantoms are flat"):
-        phantoms(tiny(method={"name": "dino"}, data={"dimensions": 3, "spacing": [1.0, 1.0, 1.0]}))
+    with pytest.raises(ConfigError, match=r"centre = 'public'.*norm = 'batch' mixes images.*Take centre = 'constant'"):
+        methods.build(
+            tiny(
+                method={"name": "dino", "centre": "public"},
+                backbone={"name": "resnet18", "norm": "batch"},
+                data={"image_size": 64},
+            )
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """One joint gradient, however a batch is cut: micro-batches, processes, recomputed activations."""
 
 import pickle
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny
 
 from wardround import ssl as methods
-from wardround.client.local_round import Job, source, train
+from wardround.client.local_round import Job, local_round, source, train
 from wardround.config import FederationConfig
+from wardround.data.index import Index, SiteImages
 from wardround.errors import ConfigError, UpdateError
 from wardround.ssl.devices import Machine, launch, open_fabric
 from wardround.ssl.engine import Plain
@@ -104,6 +107,18 @@ def test_two_processes_give_the_gradients_of_one_with_the_joint_batch(method: di
         assert two[name] == pytest.approx(array, rel=1e-5, abs=1e-6 * largest), name
 
 
+def diverge(fabric: Any, site: str) -> None:
+    if fabric.global_rank == 1:
+        raise UpdateError(f"site '{site}': the loss is nan")
+
+
+@pytest.mark.slow
+def test_an_error_of_the_second_process_keeps_its_words() -> None:
+    """Only real processes show that an error's class survives torch, which turns it into text."""
+    with pytest.raises(UpdateError, match=r"^site 'lyon': the loss is nan$"):
+        launch(diverge, Machine(devices=2, threads=1), "float32", "lyon")
+
+
 LIMITED = """
 import logging, resource, sys
 import numpy as np, torch
@@ -145,6 +160,33 @@ def test_batch_statistics_are_not_cut_in_two() -> None:
         engine._halve()
 
 
+@pytest.mark.parametrize("machine", [Machine(micro_batch=2), Machine(devices=2)])
+def test_a_site_cannot_cut_a_batch_whose_statistics_normalise_it(machine: Machine) -> None:
+    config = tiny(
+        backbone={"name": "resnet18", "norm": "batch"}, method=COMPARED, data={"image_size": 32}, training={"rounds": 1}
+    )
+    site = SiteImages(IMAGES, np.arange(10, dtype=np.int32), Index(10, 10, 0, 0, {}, (), 10, {}, 10, {}))
+    with pytest.raises(ConfigError, match="needs its 4 images at once, once, on one device"):
+        local_round(config.protocol("0" * 64), "lyon", 1, {}, {}, site, machine)
+
+
+def test_a_fresh_teacher_is_the_student_with_what_of_it_stays_at_the_site() -> None:
+    config = tiny(
+        backbone={"name": "resnet18", "norm": "batch", "batch_norm": "fedbn"},
+        method={"name": "byol", "hidden_dim": 16, "output_dim": 8},
+        data={"image_size": 32},
+        training={"teacher_state": "fresh"},
+    )
+    method = methods.build(config)
+    assert method.teacher is not None
+    own = {name: array + 0.5 for name, array in methods.get_site_tensors(method).items() if "teacher." not in name}
+    methods.set_state(method, methods.get_state(method))
+    methods.set_site_tensors(method, own)
+    for name, part in method.taught().items():
+        teacher = method.teacher.parts[name].state_dict()
+        assert all(torch.equal(teacher[key], tensor) for key, tensor in part.state_dict().items())
+
+
 def test_frozen_stages_keep_their_bits_and_the_rest_trains() -> None:
     config = recipe()
     frozen = config.model_copy(update={"backbone": config.backbone.model_copy(update={"frozen_stages": 2})})
@@ -178,3 +220,26 @@ def test_processes_map_the_images_from_their_file_instead_of_copying_them(tmp_pa
     assert len(pickle.dumps(source(mapped))) < 1000 < len(pickle.dumps(source(mapped[1:])))
     assert np.array_equal(pickle.loads(pickle.dumps(source(mapped)))(), IMAGES)
     assert np.array_equal(pickle.loads(pickle.dumps(source(mapped[1:])))(), IMAGES[1:])
+
+
+FAULTS = """
+import resource, sys, torch
+from wardround.ssl.devices import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24).add_(1)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(sum(faults() for _ in range(4)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is of glibc's allocator")
+def test_a_step_does_not_get_its_memory_page_by_page_again() -> None:
+    plain, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("plain", "kept")
+    )
+    assert kept < plain / 4

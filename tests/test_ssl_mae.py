@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wardround import ssl as methods
 from wardround.backbones import sincos_positions
+from wardround.errors import ConfigError
 from wardround.ssl.draws import generator
 from wardround.ssl.mae import MAE, patchify, random_order, take, unpatchify
 
@@ -101,6 +102,13 @@ def test_masks_come_from_the_generator_alone() -> None:
 @pytest.mark.parametrize(("ratio", "visible"), [(0.75, 1), (0.5, 2), (0.99, 1), (0.01, 3)])
 def test_at_least_one_patch_is_seen_and_one_hidden(ratio: float, visible: int) -> None:
     assert built(method={"mask_ratio": ratio}).num_visible == visible
+
+
+def test_an_image_of_one_patch_is_refused_in_later_rounds_too() -> None:
+    with pytest.raises(ConfigError, match="of views of 16 pixels that is one patch"):
+        built(backbone={"patch_size": 16})
+    with pytest.raises(ConfigError, match="of views of 8 pixels that is one patch"):
+        built(training={"resolutions": [[1, 8], [2, 16]]})
 
 
 def test_patches_are_rows_first_with_channels_last() -> None:

@@ -47,12 +47,27 @@ def test_noise_is_refused(block: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("images", -1), ("images", "3"), ("images", True), ("loss", float("inf")), ("version", "x" * 41), ("steps", 1.5)],
+    [
+        ("images", -1),
+        ("images", "3"),
+        ("images", True),
+        ("loss", float("inf")),
+        ("loss", -float("inf")),
+        ("seconds", -0.5),
+        ("version", "x" * 41),
+        ("steps", 1.5),
+    ],
 )
 def test_a_declared_value_that_no_site_sends_is_refused(field: str, value: Any) -> None:
     header = {"site": "lyon", "protocol": "d", "round": 1, "state": "e", "declared": vars(DECLARED) | {field: value}}
     with pytest.raises(UpdateError, match=f"declared field '{field}'"):
         Update.from_bytes(pack(STATE, header))
+
+
+def test_a_loss_may_be_below_zero_as_minus_a_cosine_is() -> None:
+    declared = vars(DECLARED) | {"loss_first": -0.1, "loss": -0.9}
+    header = {"site": "lyon", "protocol": "d", "round": 1, "state": "e", "declared": declared}
+    assert Update.from_bytes(pack(STATE, header)).declared.loss == -0.9
 
 
 def test_a_field_that_is_not_on_the_list_cannot_cross() -> None:

@@ -1,6 +1,7 @@
 """Wardround: hospitals pretrain one imaging backbone together; no image leaves a hospital."""
 
 import os
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -9,3 +10,12 @@ __version__ = "0.1.0"
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Before mlflow is imported, here or by a program that we start: nothing phones home.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def __getattr__(name: str) -> Any:
+    """Give `wardround.load_backbone`, imported when it is asked for: torch and timm take seconds."""
+    if name == "load_backbone":
+        from wardround.downstream.load import load_backbone
+
+        return load_backbone
+    raise AttributeError(f"module 'wardround' has no attribute '{name}'")

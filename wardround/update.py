@@ -38,7 +38,7 @@ class Declared:
     images: int  # distinct images indexed
     patients: int  # distinct patients indexed
     steps: int  # local steps taken
-    loss_first: float  # mean loss over the first tenth of the round's steps
+    loss_first: float  # mean loss over the first tenth of the round's steps; minus a cosine in some methods
     loss: float  # mean loss over the last tenth
     seconds: float  # wall time of training
     version: str  # Wardround's at the site
@@ -51,11 +51,12 @@ class Declared:
         """Raise UpdateError for values that no honest site sends; they come from outside."""
         for field in fields(self):
             value = getattr(self, field.name)
-            sound = isinstance(value, str) and len(value) <= 40 if field.type is str else _is_measure(value, field.type)
-            if not sound:
-                raise UpdateError(
-                    f"declared field '{field.name}' is {str(value)[:40]!r}, expected {_KINDS[field.type]}."
-                )
+            least, expected = 0.0, _KINDS[field.type]
+            if field.name in ("loss", "loss_first"):
+                least, expected = -math.inf, "a finite number"
+            is_text = isinstance(value, str) and len(value) <= 40
+            if not (is_text if field.type is str else _is_measure(value, field.type, least)):
+                raise UpdateError(f"declared field '{field.name}' is {str(value)[:40]!r}, expected {expected}.")
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ def state_hash(state: Mapping[str, Array]) -> str:
     return sha.hexdigest()
 
 
-def _is_measure(value: Any, kind: Any) -> bool:
-    """Return whether a value is a finite number from 0 of the kind, and no truth value."""
+def _is_measure(value: Any, kind: Any, least: float) -> bool:
+    """Return whether a value is a finite number of the kind, not below the least, and no truth value."""
     numbers = int if kind is int else (int, float)
-    return isinstance(value, numbers) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value) and value >= least
 
 
 def layout(state: Mapping[str, Array]) -> Layout:

@@ -150,9 +150,9 @@ def _refuse_misaligned(
 
 def _misaligned(name: str, place: str, found: tuple[int, ...], grid: tuple[int, ...], size: int) -> ConfigError:
     return ConfigError(
-        f"[backbone] name = '{name}': {place} gives a map of {_times(found)}, which does not lie on the last map's "
-        f"grid of {_times(grid)} over {size} pixels, so that no patch could be hidden whole. Change [data] image_size "
-        "to a multiple of the network's stride, or take another backbone, or another method than 'mae'."
+        f"[backbone] name = '{name}': {place} gives a map of {_times(found)}: it, the last map's {_times(grid)} "
+        f"and the image's {size} pixels do not divide one another, so that no patch could be hidden whole. Change "
+        "[data] image_size to a multiple of the network's stride, or take another backbone or another method."
     )
 
 

@@ -34,10 +34,10 @@ class TimmNet(Backbone):
         return [[f"net.{name}" for name in groups[key]] for key in sorted(groups)]
 
     def checkpoint_activations(self) -> None:
-        """Keep only what goes into each stage, as timm cuts the family. Raises ConfigError where timm cannot."""
+        """Keep only what goes into each stage, as timm cuts the family. Raises ConfigError where it cannot."""
         try:
             self.net.set_grad_checkpointing()
-        except AssertionError:
+        except (AssertionError, AttributeError):  # MONAI's networks have no such switch
             super().checkpoint_activations()
 
 

@@ -77,6 +77,8 @@ class ViT(Backbone):
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the patch tokens with their positions: [B, C, *size] -> [B, N, D]."""
+        # A convolution would leave the last rows out without a word.
+        assert not any(edge % self.patch for edge in images.shape[2:]), "their edge is no multiple of the patch"
         tokens: Tensor = self.patch_embed(images)
         return tokens + resampled(self.positions, self.grid, tuple(edge // self.patch for edge in images.shape[2:]))
 
@@ -93,12 +95,13 @@ class ViT(Backbone):
 def build_vit(backbone: BackboneConfig, data: DataConfig) -> ViT:
     """Return the encoder as it is trained. Raises ConfigError for what no ViT can be."""
     refusal = ConfigError(
-        f"[backbone] name = '{backbone.name}': is no plain ViT with one class token; take one of vit_*."
+        f"[backbone] name = '{backbone.name}': is no plain ViT with one class token and a last norm; take one of vit_*."
     )
     source = timm.create_model(
         backbone.name, **timm_arguments(backbone, data), num_classes=0, norm_layer=partial(nn.LayerNorm, eps=1e-6)
     )
-    if source.num_prefix_tokens != 1 or source.reg_token is not None or not isinstance(source.norm_pre, nn.Identity):
+    one_token = source.num_prefix_tokens == 1 and source.reg_token is None
+    if not (one_token and isinstance(source.norm_pre, nn.Identity) and isinstance(source.norm, nn.LayerNorm)):
         raise refusal
     if source.embed_dim % 4:
         raise ConfigError(f"[backbone] name = '{backbone.name}': sine-cosine positions need a width divisible by 4.")

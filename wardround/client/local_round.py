@@ -15,6 +15,7 @@ from wardround import ssl as methods
 from wardround.config import Protocol
 from wardround.config.federation import TrainingConfig
 from wardround.data import SiteImages
+from wardround.errors import ConfigError
 from wardround.probe.monitor import Monitor, watch
 from wardround.ssl.devices import Machine, launch
 from wardround.ssl.engine import Plain
@@ -56,8 +57,10 @@ def local_round(
     """Return the site's update and its site memory after the round.
 
     The same arguments give the same bits, `seconds` aside, on the same kind of CPU with as many threads.
+    Raises ConfigError where this machine's settings would change the gradient.
     """
     started = time.monotonic()
+    _refuse_cut_statistics(protocol, machine)
     job = Job(protocol, site, round, state, memory, source(images.images), machine)
     done = launch(train, machine, protocol.training.precision, job)
     tenth = max(1, len(done.losses) // 10)
@@ -91,8 +94,19 @@ def train(fabric: "Fabric", job: Job) -> Done:
     label = f"site '{job.site}', round {job.round}"
     trained = pretrain(method, engine, training, first, training.local_steps, moments, label)
     memory = join(trained.moments, methods.get_site_tensors(method), training)
-    monitor = watch(method.backbone, images, protocol, job.site)
+    monitor = watch(method.backbone, images, protocol, job.site, engine.micro_batch)
     return Done(methods.get_state(method), memory, trained.losses, monitor)
+
+
+def _refuse_cut_statistics(protocol: Protocol, machine: Machine) -> None:
+    """Raise ConfigError where batch statistics would not be the batch's: in parts of it, or counted twice."""
+    cut = machine.devices > 1 or 0 < machine.micro_batch < protocol.training.batch_size or machine.checkpointing
+    if cut and protocol.backbone.norm == "batch":
+        raise ConfigError(
+            "site.toml: the federation's [backbone] norm = 'batch' needs its "
+            f"{protocol.training.batch_size} images at once, once, on one device; remove devices, micro_batch and "
+            "checkpointing."
+        )
 
 
 def source(images: NDArray[np.uint8]) -> Callable[[], NDArray[np.uint8]]:

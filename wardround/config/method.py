@@ -20,9 +20,11 @@ class MAEConfig(Strict):
 
     name: Literal["mae"] = Field(default="mae", description="The SSL method.")
     mask_ratio: float = Field(default=0.75, gt=0.0, lt=1.0, description="Share of patches hidden; SparK's is 0.6.")
-    decoder_dim: int = Field(default=96, ge=16, le=2048, description="Width of the decoder.")
-    decoder_depth: int = Field(default=2, ge=1, le=16, description="Number of blocks of a transformer's decoder.")
-    decoder_heads: int = Field(default=3, ge=1, le=32, description="Attention heads of a transformer's decoder.")
+    decoder_dim: int = Field(default=96, ge=16, le=2048, description="Width of the decoder; the paper's 512.")
+    decoder_depth: int = Field(default=2, ge=1, le=16, description="Blocks of a transformer's decoder; the paper's 8.")
+    decoder_heads: int = Field(
+        default=3, ge=1, le=32, description="Attention heads of a transformer's decoder; the paper's 16."
+    )
     normalised_pixels: bool = Field(
         default=True, description="Predict each patch minus its mean over its standard deviation."
     )
@@ -40,8 +42,15 @@ class SimCLRConfig(Strict):
     """SimCLR: NT-Xent between two views of an image (Chen et al. 2020)."""
 
     name: Literal["simclr"] = Field(description="The SSL method.")
-    temperature: float = Field(default=0.2, gt=0.0, le=10.0, description="Temperature of the similarities.")
-    hidden_dim: int = Field(default=512, ge=16, le=16_384, description="Hidden width of the projection head.")
+    temperature: float = Field(
+        default=0.2,
+        gt=0.0,
+        le=10.0,
+        description="Temperature of the similarities; the paper's 0.1 is for batches of 4096.",
+    )
+    hidden_dim: int = Field(
+        default=512, ge=16, le=16_384, description="Hidden width of the projection head; the paper's is the backbone's."
+    )
     output_dim: int = Field(default=128, ge=8, le=16_384, description="Width of the embedding that is compared.")
     negatives: Literal["batch", "public"] = Field(
         default="batch",
@@ -79,7 +88,10 @@ class BYOLConfig(Strict):
     hidden_dim: int = Field(default=1024, ge=16, le=16_384, description="Hidden width of the heads; the paper's 4096.")
     output_dim: int = Field(default=256, ge=8, le=16_384, description="Width of the embedding that is compared.")
     momentum: float = Field(
-        default=0.99, ge=0.0, lt=1.0, description="The teacher's momentum at the first step; a cosine takes it to 1."
+        default=0.99,
+        ge=0.0,
+        lt=1.0,
+        description="The teacher's momentum at the first step; the paper's 0.996. A cosine takes it to 1.",
     )
 
 
@@ -112,7 +124,9 @@ class DINOConfig(Strict):
         "patients and travels with the state.",
     )
     centre_momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="batch: momentum of the running mean.")
-    local_views: int = Field(default=4, ge=0, le=16, description="Small crops beside the two large ones.")
+    local_views: int = Field(
+        default=4, ge=0, le=16, description="Small crops beside the two large ones; the paper's 8."
+    )
     local_size: int | None = Field(
         default=None, ge=8, le=512, description="Edge of a small crop; unset: half of the image, or the family's least."
     )

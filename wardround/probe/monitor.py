@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wardround.backbones import Backbone
 from wardround.config.federation import Recipe
+from wardround.errors import UpdateError
 from wardround.ssl.draws import generator
 from wardround.ssl.views import view
 
@@ -32,8 +33,11 @@ class Monitor:
         return self.effective_rank < LEAST_RANK or self.feature_spread < LEAST_SPREAD
 
 
-def watch(backbone: Backbone, images: NDArray[np.uint8], recipe: Recipe, site: str) -> Monitor:
-    """Return the figures of a backbone over a fixed draw of a site's images: [N, C, S, S] uint8."""
+def watch(backbone: Backbone, images: NDArray[np.uint8], recipe: Recipe, site: str, micro_batch: int = 64) -> Monitor:
+    """Return the figures of a backbone over a fixed draw of a site's images: [N, C, S, S] uint8.
+
+    The backbone sees `micro_batch` images at once. Raises UpdateError where features are not finite.
+    """
     draw = generator(recipe.seed, site, "monitor")
     chosen = torch.randperm(len(images), generator=draw)[:IMAGES].sort().values.numpy()
     device, was_training = next(backbone.parameters()).device, backbone.training
@@ -43,9 +47,16 @@ def watch(backbone: Backbone, images: NDArray[np.uint8], recipe: Recipe, site: s
         for part in np.array_split(chosen, -(-len(chosen) // 64)):
             batch = torch.from_numpy(images[part]).to(device).float() / 255.0
             for features in pair:
-                features.append(backbone.features(view(batch, recipe, draw, recipe.data.image_size)).float().cpu())
+                views = view(batch, recipe, draw, recipe.data.image_size)
+                features += [backbone.features(few).float().cpu() for few in torch.split(views, micro_batch)]
     backbone.train(was_training)
-    return figures(torch.cat(pair[0]), torch.cat(pair[1]))
+    first, second = torch.cat(pair[0]), torch.cat(pair[1])
+    if not (first.isfinite().all() and second.isfinite().all()):
+        raise UpdateError(
+            f"site '{site}': the backbone's features are not finite after the round. Lower [training] learning_rate, "
+            "set clip_norm, or train in float32."
+        )
+    return figures(first, second)
 
 
 def figures(first: Tensor, second: Tensor) -> Monitor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,10 @@ def release_folder(source: str | Path, uri: str | None = None) -> Iterator[Path]
         release.check(path)
         yield path
         return
-    if "@" not in str(source) and "/" not in str(source):
-        raise ConfigError(f"backbone '{source}': is neither a folder nor NAME@alias; 'wardround models' lists them.")
+    if not re.fullmatch(r"(models:/)?[^/@]+(@[^/@]+|/\d+)", str(source)):
+        raise ConfigError(
+            f"backbone '{source}': is neither a folder nor NAME@alias nor NAME/version; 'wardround models' lists them."
+        )
     address = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if address is None:
         raise ConfigError(f"backbone '{source}': MLflow's address is not known; set MLFLOW_TRACKING_URI.")

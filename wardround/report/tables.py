@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from wardround.data import SiteImages
@@ -39,7 +40,7 @@ def plan_table(plan: Plan, cost: Cost) -> Table:
     made = table(f"{config.name}", "what", "value")
     made.columns[1].justify = "left"
     for name, value in rows.items():
-        made.add_row(name, value)
+        made.add_row(name, escape(value))  # a section's name in brackets is no markup
     return made
 
 

@@ -24,6 +24,7 @@ from wardround.registry.durable import write_file
 from wardround.registry.mlflow_store import Store
 from wardround.registry.versions import versions
 from wardround.report.curves import draw_losses
+from wardround.report.neighbours import draw_neighbours
 from wardround.report.reconstruction import draw_reconstructions
 from wardround.server.run_folder import RunFolder
 
@@ -60,13 +61,15 @@ class Tracking:
         if self.images is not None:
             state = self.run.checkpoint(number).state
             title = f"{self.run.config.name}, round {number}"
-            draw_reconstructions(self.run.config, state, self.images, self._picture(number), title)
+            drawn = (self.run.config, state, self.images, self._picture(number), title)
+            if not draw_reconstructions(*drawn):
+                draw_neighbours(*drawn)
 
     def log(self) -> None:
         """Log every committed round that has no mark yet. Raises TrackingError where MLflow is not there."""
         waiting = [n for n in self.run.committed() if n > 0 and not self._mark(n).exists()]
         for number in waiting:
-            pictures = {"reconstructions": self._picture(number), "losses": self.run.path / "losses.png"}
+            pictures = {"images": self._picture(number), "losses": self.run.path / "losses.png"}
             found = {name: path for name, path in pictures.items() if path.exists()}
             self.store.log_round(self.mlflow_run, number, metrics(self.run.record(number)), found)
             write_file(self._mark(number), json.dumps({"run": self.mlflow_run}).encode())
@@ -175,7 +178,7 @@ def collapse_lines(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
             lines.append(
                 f"warning: site '{site}': features collapse (effective rank {seen.effective_rank:.1f}, spread "
                 f"{seen.feature_spread:.3f}): all images look alike to the backbone. Lower [training] learning_rate, "
-                "or take a method with a teacher or with negatives."
+                "or take norm = 'batch' or a method with negatives (docs/methods.md)."
             )
     return lines
 

@@ -1,5 +1,7 @@
 """Where a site trains: device, precision and several processes, by Lightning Fabric."""
 
+import contextlib
+import ctypes
 import logging
 import pickle
 import tempfile
@@ -10,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch.multiprocessing.spawn import ProcessException
+
+from wardround.errors import WardroundError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Job = TypeVar("Job")
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 
 
@@ -35,11 +41,25 @@ def open_fabric(machine: Machine, precision: str) -> "Fabric":
     """Return the Fabric of this machine; its processes start with `launch`."""
     from lightning_fabric import Fabric  # takes a second, which commands that do not train need not wait for
 
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)  # it would announce what the config says already
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # it would announce what the config says already
     kind, _, number = machine.device.partition(":")
+    if kind == "cpu":
+        keep_freed_memory()
     devices: int | list[int] = [int(number)] if number else machine.devices
     strategy = "ddp_spawn" if machine.devices > 1 else "auto"
     return Fabric(accelerator=kind, devices=devices, strategy=strategy, precision=_PRECISIONS[precision])  # type: ignore[arg-type]  # its literals
+
+
+def keep_freed_memory() -> None:
+    """Have this process's allocator keep what is freed; peak memory stays the same.
+
+    glibc gives blocks above 32 MB back to the system at once, and each step gets them again page by page:
+    a ResNet-18 step of 128 images took 1.15 to 1.3 times as long. Other allocators are left as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def launch(work: Callable[["Fabric", Job], Result], machine: Machine, precision: str, job: Job) -> Result:
@@ -51,13 +71,23 @@ def launch(work: Callable[["Fabric", Job], Result], machine: Machine, precision:
     # never ends, and it takes answers apart, where it fails on frozen dataclasses.
     with tempfile.TemporaryDirectory() as aside:
         path = Path(aside) / "result"
-        fabric.launch(partial(_to_file, path, work, machine, job))
+        try:
+            fabric.launch(partial(_to_file, path, work, machine, job))
+        except ProcessException:  # whatever was raised there comes as text, its class lost
+            if path.exists():
+                raise pickle.loads(path.read_bytes()) from None  # noqa: S301  # of our own process
+            raise
         result: Result = pickle.loads(path.read_bytes())  # noqa: S301  # of our own process
     return result
 
 
 def _to_file(path: Path, work: Callable[["Fabric", Job], Result], machine: Machine, job: Job, fabric: "Fabric") -> None:
-    result = _work(fabric, work, machine, job)
+    """Leave the first process's result on disk, or the error of ours that any process ends with."""
+    try:
+        result = _work(fabric, work, machine, job)
+    except WardroundError as error:
+        path.write_bytes(pickle.dumps(error))
+        raise
     if fabric.global_rank == 0:
         path.write_bytes(pickle.dumps(result))
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from wardround.backbones import Backbone, ViT, build
 from wardround.config.federation import Recipe
 from wardround.config.method import DINOConfig
-from wardround.data import procedural_set
 from wardround.errors import ConfigError
 from wardround.ssl.heads import cosines, each_view, widened
 from wardround.ssl.method import Method
+from wardround.ssl.public import public_bank
 from wardround.ssl.teacher import Teacher, cosine_momentum
 from wardround.ssl.views import normalise, view
 
@@ -44,7 +44,8 @@ class DINO(Method):
         self.local_sizes = {edge: local_size(recipe, self.settings, edge) for edge in sorted(edges)}
         self._mean_output: Tensor | None = None  # of the teacher over the last batch, [K]
         if self.settings.centre == "public":
-            self.register_buffer("bank", phantoms(recipe), persistent=False)
+            images = public_bank(recipe, BANK, "centre", "centre = 'constant' or 'batch'")
+            self.register_buffer("bank", images, persistent=False)
 
     def prepare(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Return two large views, then the small ones: [B, C, S, S] in [0, 1] -> [B, C, s, s] each."""
@@ -167,21 +168,6 @@ def distillation(
     every = (torch.stack(targets).sum(dim=0) * torch.stack(logs).sum(dim=0)).sum(dim=1)
     same = torch.stack([(target * log).sum(dim=1) for target, log in zip(targets, logs, strict=False)]).sum(dim=0)
     return (same - every) / (len(targets) * (len(logs) - 1))
-
-
-def phantoms(recipe: Recipe) -> Tensor:
-    """Return the images of a public centre: [BANK, C, S, S] uint8. Raises ConfigError where they are of no use."""
-    found = ""
-    if recipe.backbone.norm == "batch":
-        found = "[backbone] norm = 'batch' mixes images all the same"
-    if recipe.data.dimensions == 3:
-        found = "[data] dimensions = 3, and phantoms are flat"
-    if found:
-        raise ConfigError(
-            "[method] centre = 'public' is a mean over procedural images, by which a loss keeps to its own image; "
-            f"{found}. Take centre = 'constant' or 'batch'."
-        )
-    return torch.from_numpy(procedural_set(BANK, recipe.seed, recipe.data).images)
 
 
 def local_size(recipe: Recipe, method: DINOConfig, view_size: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from wardround.backbones import Token, ViT, initialise, resampled, sincos_positions, transformer
 from wardround.config.federation import Recipe
 from wardround.config.method import MAEConfig
+from wardround.errors import ConfigError
 from wardround.ssl.method import Method
 from wardround.ssl.views import view
 
@@ -25,6 +26,12 @@ class MAE(Method):
         super().__init__(recipe)
         assert isinstance(recipe.method, MAEConfig)
         self.settings = recipe.method
+        for edge in (recipe.data.image_size, *(edge for _, edge in recipe.training.resolutions)):
+            if edge < 2 * self.backbone.patch:
+                raise ConfigError(
+                    f"[backbone] patch_size = {self.backbone.patch}: of views of {edge} pixels that is one patch, "
+                    "which cannot be hidden and seen. Take a smaller patch_size, or larger views."
+                )
         self.head = Decoder(self.backbone, recipe.method, recipe.data.channels)
 
     def prepare(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

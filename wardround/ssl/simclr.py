@@ -4,18 +4,15 @@ With `negatives = "public"` the other images are procedural ones, so that an ima
 no other image of the site and a private engine can clip it.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wardround.config.federation import DataConfig, Recipe
+from wardround.config.federation import Recipe
 from wardround.config.method import SimCLRConfig
-from wardround.data import procedural_set
-from wardround.errors import ConfigError
 from wardround.ssl.heads import cosines, mlp, widened
 from wardround.ssl.method import Method
+from wardround.ssl.public import public_bank
 from wardround.ssl.views import normalise, view
 
 
@@ -35,7 +32,8 @@ class SimCLR(Method):
         widths = (self.backbone.dim, self.settings.hidden_dim, self.settings.output_dim)
         self.head = mlp(widths, recipe.backbone.norm, out_norm=True)
         if self.settings.negatives == "public":
-            self.register_buffer("bank", public_bank(recipe, self.settings.bank_size), persistent=False)
+            images = public_bank(recipe, self.settings.bank_size, "negatives", "negatives = 'batch'")
+            self.register_buffer("bank", images, persistent=False)
 
     def prepare(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Return two views of each image, and with public negatives which of the bank the step takes.
@@ -99,24 +97,3 @@ def info_nce(z: Tensor, other: Tensor, to_bank: Tensor, temperature: float) -> T
     positive = F.cosine_similarity(widened(z), widened(other))
     logits = torch.cat([positive[:, None], to_bank], dim=1) / temperature
     return logits.logsumexp(dim=1) - logits[:, 0]
-
-
-def public_bank(recipe: Recipe, count: int) -> Tensor:
-    """Return procedural images that nobody owns: [count, C, S, S] uint8. Raises ConfigError where they are no use."""
-    if recipe.data.dimensions == 3:
-        raise ConfigError(
-            "[method] negatives = 'public': there are no procedural volumes, and [data] dimensions = 3. "
-            "Take negatives = 'batch'."
-        )
-    if recipe.backbone.norm == "batch":
-        raise ConfigError(
-            "[method] negatives = 'public' keeps an image's loss apart from other images, and [backbone] norm = "
-            "'batch' mixes them again. Take norm = 'group', or negatives = 'batch'."
-        )
-    return _drawn_once(count, recipe.seed, recipe.data)
-
-
-@lru_cache(maxsize=1)
-def _drawn_once(count: int, seed: int, data: DataConfig) -> Tensor:
-    """Return the images, which take 3 ms each to draw, and are the same for all sites of one process."""
-    return torch.from_numpy(procedural_set(count, seed, data).images)

@@ -48,8 +48,10 @@ def get_site_tensors(method: Method) -> State:
 
 
 def set_site_tensors(method: Method, tensors: State) -> None:
-    """Load what `get_site_tensors` took, in place."""
+    """Load what `get_site_tensors` took, in place; a teacher that is not among it becomes the student."""
     _give(method, tensors)
+    if method.teacher is not None and not any(name.startswith("teacher.") for name in tensors):
+        method.teacher.reset(method.taught())  # again: the scale and shift of fedbn have come only now
 
 
 def _taken(method: Method, names: set[str]) -> State:
