@@ -41,7 +41,7 @@ class Cost:
     backbone_parameters: int
     head_parameters: int
     bytes_per_message: int  # one state or one update
-    memory_bytes: int  # weights, gradients, two moments, and what the forward pass keeps
+    memory_bytes: int  # weights, gradients, two moments, a teacher, and what the forward pass keeps
     seconds_per_step: float
     coupling: str | None  # why an image's loss depends on other images, or None
 
@@ -111,7 +111,9 @@ def cost(plan: Plan, steps: int = 3) -> Cost:
     seconds = (time.perf_counter() - started) / steps
     sizes = {part: sum(a.size for n, a in plan.state.items() if n.startswith(part)) for part in ("backbone", "head")}
     state_bytes = sum(array.nbytes for array in plan.state.values())
-    return Cost(sizes["backbone"], sizes["head"], state_bytes, 4 * state_bytes + kept, seconds, method.coupling)
+    staying = sum(array.nbytes for array in methods.get_site_tensors(method).values())
+    memory = 4 * state_bytes + staying + kept
+    return Cost(sizes["backbone"], sizes["head"], state_bytes, memory, seconds, method.coupling)
 
 
 def _kept_by_forward(method: methods.Method, engine: Plain) -> int:
