@@ -70,14 +70,14 @@ def launch(work: Callable[["Fabric", Job], Result], machine: Machine, precision:
     # By a file: Fabric waits for its processes before it reads their answer, so that a large one
     # never ends, and it takes answers apart, where it fails on frozen dataclasses.
     with tempfile.TemporaryDirectory() as aside:
-        path = Path(aside) / "result"
+        folder = Path(aside)
         try:
-            fabric.launch(partial(_to_file, path, work, machine, job))
+            fabric.launch(partial(_to_file, folder, work, machine, job))
         except ProcessException:  # whatever was raised there comes as text, its class lost
-            if path.exists():
-                raise pickle.loads(path.read_bytes()) from None  # noqa: S301  # of our own process
+            if (folder / "error").exists():
+                raise pickle.loads((folder / "error").read_bytes()) from None  # noqa: S301  # of our own process
             raise
-        result: Result = pickle.loads(path.read_bytes())  # noqa: S301  # of our own process
+        result: Result = pickle.loads((folder / "result").read_bytes())  # noqa: S301  # of our own process
     return result
 
 
@@ -86,10 +86,10 @@ def _to_file(path: Path, work: Callable[["Fabric", Job], Result], machine: Machi
     try:
         result = _work(fabric, work, machine, job)
     except WardroundError as error:
-        path.write_bytes(pickle.dumps(error))
+        (folder / "error").write_bytes(pickle.dumps(error))
         raise
     if fabric.global_rank == 0:
-        path.write_bytes(pickle.dumps(result))
+        (folder / "result").write_bytes(pickle.dumps(result))
 
 
 def _work(fabric: "Fabric", work: Callable[["Fabric", Job], Result], machine: Machine, job: Job) -> Result:
