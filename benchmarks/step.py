@@ -7,9 +7,11 @@ is forward, backward and the optimiser's step. Ratios are taken within a repeat:
 
     mae        ours · lightly's documented example · facebookresearch/mae's own modules, where CHECKOUT is a
                clone of that repository (their `qk_scale` argument, which timm has dropped, is left out)
-    simclr     ours with batch and with group normalisation · lightly's documented example (ResNet-18)
-    images     the same from bytes in memory: augmentation, step, images a second
+    simclr     ours with group and with batch normalisation · lightly's documented example (ResNet-18), in float32
+               and in bfloat16; and the same from bytes in memory, views included
     bfloat16   ours in bfloat16 beside ours in float32
+
+Ours has freed memory kept (ssl/devices.py), which in one process the peers then have too.
 
 MAE's losses are compared at equal weights and mask before anything is timed. The share of the ceiling is the
 step's floating-point operations over its time, divided by the rate of a large matrix product in the same run.
@@ -117,30 +119,33 @@ def mae_cases(checkout: Path | None, repeats: int, quick: bool, device: str) -> 
 
 
 def simclr_cases(_: Path | None, repeats: int, quick: bool, device: str) -> list[dict[str, Any]]:
-    """Return SimCLR's cases: the step alone, and from bytes."""
+    """Return SimCLR's cases in each precision: the step alone, and from bytes."""
     network = "resnet18" if device == "cpu" else "resnet50"
     size, batch = (32, 16) if quick else (64, 64) if device == "cpu" else (224, 256)
-    precision = "float32" if device == "cpu" else "bfloat16"
-    arms: dict[str, Step] = {}
-    whole: dict[str, Step] = {}
-    for norm in ("batch", "group"):
-        config = recipe({"name": "simclr"}, {"name": network, "norm": norm}, size, batch, precision)
-        images = procedural_set(batch, 1, config.data).images
-        built = methods.build(config).to(device)
-        pair = tuple(torch.randn(batch, 3, size, size, device=device) for _ in range(2))
-        arms[f"wardround, {norm}"] = our_step(built, config, pair, device)
-        whole[f"wardround, {norm}"] = our_step(built, config, None, device, images)
-    peer = LightlySimCLR(network).to(device)
-    arms["lightly"] = peer_step(peer, partial(peer, *pair), precision, device, sgd=True)
-    transform = one_by_one(images, config.data)
-    whole["lightly"] = peer_step(
-        peer, lambda: peer(*(view.to(device) for view in transform())), precision, device, sgd=True
-    )
-    title = f"simclr, {network}, {size} px, batch {batch}, {precision}"
-    return [
-        {"case": title, **measured(arms, repeats, device)},
-        {"case": f"{title}, from bytes", **measured(whole, repeats, device), "batch": batch},
-    ]
+    cases = []
+    for precision in ("float32", "bfloat16"):
+        arms: dict[str, Step] = {}
+        whole: dict[str, Step] = {}
+        for norm in ("group", "batch"):
+            config = recipe({"name": "simclr"}, {"name": network, "norm": norm}, size, batch, precision)
+            images = procedural_set(batch, 1, config.data).images
+            built = methods.build(config).to(device)
+            pair = tuple(torch.randn(batch, 3, size, size, device=device) for _ in range(2))
+            arms[f"wardround, {norm}"] = our_step(built, config, pair, device)
+            whole[f"wardround, {norm}"] = our_step(built, config, None, device, images)
+        peer = LightlySimCLR(network).to(device)
+        transform = one_by_one(images, config.data)
+        arms["lightly"] = peer_step(peer, partial(peer, *pair), precision, device, sgd=True)
+        whole["lightly"] = peer_step(peer, partial(_transformed, peer, transform, device), precision, device, sgd=True)
+        title = f"simclr, {network}, {size} px, batch {batch}, {precision}"
+        cases.append({"case": title, **measured(arms, repeats, device)})
+        cases.append({"case": f"{title}, from bytes", "batch": batch, **measured(whole, repeats, device)})
+    return cases
+
+
+def _transformed(peer: nn.Module, transform: Callable[[], list[Tensor]], device: str) -> Tensor:
+    loss: Tensor = peer(*(views.to(device) for views in transform()))
+    return loss
 
 
 def bfloat16_cases(_: Path | None, repeats: int, quick: bool, device: str) -> list[dict[str, Any]]:

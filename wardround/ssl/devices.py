@@ -81,7 +81,9 @@ def launch(work: Callable[["Fabric", Job], Result], machine: Machine, precision:
     return result
 
 
-def _to_file(path: Path, work: Callable[["Fabric", Job], Result], machine: Machine, job: Job, fabric: "Fabric") -> None:
+def _to_file(
+    folder: Path, work: Callable[["Fabric", Job], Result], machine: Machine, job: Job, fabric: "Fabric"
+) -> None:
     """Leave the first process's result on disk, or the error of ours that any process ends with."""
     try:
         result = _work(fabric, work, machine, job)
