@@ -13,8 +13,10 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from wardround.update import Declared, State, Update, pack, state_hash, unpack
 
 REPRESENTATIVES = ("vit_tiny_patch16_224", "resnet18", "convnext_atto", "mobilevit_xxs")
 STEPS = 30
-BATCH = 6
+BATCH = 4
 
 # Small heads: what is checked does not depend on their width.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -80,13 +82,15 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="every family instead of four backbones")
     parser.add_argument("--out", type=Path, help="a Markdown file; the figures go beside it as JSON")
     arguments = parser.parse_args()
-    backbones = every_family() if arguments.whole else REPRESENTATIVES
-    pairs = [
-        check(method, backbone)
-        for backbone in tqdm(backbones, "backbones", disable=None)
-        for method in tqdm(METHODS, backbone, disable=None, leave=False)
+    wanted = [
+        (method, backbone)
+        for backbone in (every_family() if arguments.whole else REPRESENTATIVES)
+        for method in METHODS
         if not backbone.startswith("monai") or method in ("mae", "simclr")
     ]
+    with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), mp_context=get_context("spawn")) as pool:
+        found = pool.map(check, *zip(*wanted, strict=True))
+        pairs = list(tqdm(found, "pairs", len(wanted), unit="pair", disable=None))
     Console().print(table(pairs))
     for pair in pairs:
         if pair.verdict == "broken":

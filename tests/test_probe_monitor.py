@@ -30,6 +30,10 @@ def test_the_effective_rank_is_the_exponential_of_the_entropy_of_the_singular_va
     assert figures(features, features).effective_rank == pytest.approx(math.exp(entropy), rel=1e-5)
 
 
+def test_one_image_has_figures_and_no_warning_from_torch() -> None:
+    assert figures(torch.ones(1, 4), torch.ones(1, 4)) == Monitor(pytest.approx(1.0), 0.0, 0.0, 0.0)  # type: ignore[arg-type]
+
+
 def test_features_that_are_all_alike_count_as_collapsed() -> None:
     alike = torch.ones(20, 8) + 1e-3 * torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
     seen = figures(alike, alike)
@@ -70,6 +74,12 @@ def test_features_that_are_no_numbers_are_said_by_name() -> None:
 
 def test_a_collapse_is_a_warning_that_names_the_site() -> None:
     healthy, collapsed = Monitor(9.0, 0.8, 0.2, 2.0), Monitor(1.1, 0.01, 0.0, 0.0)
-    lines = collapse_lines({"lyon": vars(healthy), "oslo": {"loss": 0.1, **vars(collapsed)}})
+    lines = collapse_lines(
+        {
+            "lyon": {"images": 90, **vars(healthy)},
+            "oslo": {"images": 90, **vars(collapsed)},
+            "york": {"images": 4, **vars(collapsed)},  # too few to judge by
+        }
+    )
     assert len(lines) == 1
     assert lines[0].startswith("warning: site 'oslo': features collapse (effective rank 1.1, spread 0.010)")

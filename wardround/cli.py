@@ -80,7 +80,8 @@ def simulate(
         console.print(line, style="dim", highlight=False, soft_wrap=True)
     run = simulate(federation, data, out, tracking or default_tracking(), threads)
     console.print(rounds_table([run.record(n) for n in run.committed()[1:]]))
-    say_next(f"wardround evaluate {out} --data {data}", f"wardround pull {federation.name}@candidate --to backbone")
+    measured = [f"wardround evaluate {out} --data {data}"] if (data / "labels.csv").exists() else []
+    say_next(*measured, f"wardround pull {federation.name}@candidate --to backbone")
 
 
 @cli.command()
@@ -117,9 +118,13 @@ def pull(
 ) -> None:
     """Fetch a registered backbone into a folder that timm loads."""
     from wardround.registry.mlflow_store import Store
+    from wardround.registry.release import is_stock
 
     folder = Store(tracking or default_tracking()).pull(reference, to)
-    say_next(f"python -c 'import timm; timm.create_model(\"local-dir:{folder}\", pretrained=True, num_classes=2)'")
+    if is_stock(folder):
+        say_next(f"python -c 'import timm; timm.create_model(\"local-dir:{folder}\", pretrained=True, num_classes=2)'")
+    else:
+        say_next(f"python -c 'import wardround; wardround.load_backbone(\"{folder}\", num_classes=2)'")
 
 
 @cli.command()

@@ -100,7 +100,8 @@ def architecture(recipe: Recipe) -> Layout:
 
 def cost(plan: Plan, steps: int = 3) -> Cost:
     """Return what a round costs, by training `steps` steps on noise after one to warm up."""
-    recipe = plan.config
+    # At the size of the last rounds: what a site must be able to bear.
+    recipe = plan.config.model_copy(update={"training": plan.config.training.model_copy(update={"resolutions": ()})})
     method = methods.build(recipe)
     noise = np.random.default_rng(0).integers(0, 256, (recipe.training.batch_size, *recipe.data.shape))
     engine = Plain(method, noise.astype(np.uint8), recipe, "check")

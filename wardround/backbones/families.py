@@ -200,7 +200,8 @@ def family_of(name: str) -> Family:
         if named and is_model_in_modules(stock_name, family.modules):
             return family
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        known = [example for family in FAMILIES.values() for example in family.examples]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else f"the families are {', '.join(FAMILIES)}."
         raise ConfigError(f"[backbone] name = '{name}': is no architecture of timm; {hint}")
     raise ConfigError(f"[backbone] name = '{name}': its family is none of {', '.join(FAMILIES)}; take one of these.")

@@ -116,7 +116,7 @@ def timm_arguments(backbone: BackboneConfig, data: DataConfig) -> dict[str, Any]
     if data.image_size % patch_size:
         raise ConfigError(
             f"[backbone] patch_size = {patch_size} does not divide [data] image_size = {data.image_size}; "
-            "choose a divisor."
+            "take a multiple of it, or set patch_size to a divisor."
         )
     arguments: dict[str, Any] = {
         "img_size": data.image_size,

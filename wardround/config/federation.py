@@ -210,12 +210,13 @@ class Recipe(Strict):
     @classmethod
     def _grey_has_no_hue(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
         views = info.data.get("views", ViewsConfig())  # lacking where it was refused itself
-        for key in ("hue", "saturation"):
-            if data.channels == 1 and getattr(views, key) > 0.0:
-                raise ValueError(
-                    f"channels = 1: grey images have no {key}, but [views] {key} = {getattr(views, key)} "
-                    f"(modality = '{views.modality}'); set {key} = 0.0 there, or take channels = 3"
-                )
+        coloured = [key for key in ("hue", "saturation") if getattr(views, key) > 0.0]
+        if data.channels == 1 and coloured:
+            found = ", ".join(f"{key} = {getattr(views, key)}" for key in coloured)
+            raise ValueError(
+                f"channels = 1: grey images have no {' and no '.join(coloured)}, but [views] has {found} "
+                f"(modality = '{views.modality}'); set both to 0.0 there, or take channels = 3"
+            )
         return data
 
     @model_validator(mode="after")

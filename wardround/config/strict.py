@@ -48,7 +48,8 @@ def parse(raw: dict[str, Any], model: type[Model], where: str) -> Model:
     except ValidationError as error:
         problems = error.errors(include_url=False)
         rest = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{where}: {_problem(problems[0], model)}{rest}.") from error
+        found = f"{_problem(problems[0], model)}{rest}"
+        raise ConfigError(f"{where}: {found}{'' if found.endswith('?') else '.'}") from error
 
 
 def digest(model: Strict) -> str:
@@ -64,7 +65,7 @@ def _problem(problem: Any, model: type[Strict]) -> str:
     section = f"[{'.'.join(parents)}] " if parents else ""
     if problem["type"] == "extra_forbidden":
         known = list(model.model_fields)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"{section}unknown key '{key}'; {remedy}"
     if problem["type"] == "union_tag_not_found":  # a section that `loc` names whole lacks the key that tells its kind

@@ -15,6 +15,7 @@ from wardround.ssl.draws import generator
 from wardround.ssl.views import view
 
 IMAGES = 256  # at most: enough for a rank, a second or so of a CPU for a ViT-Tiny
+FEWEST = 8  # images to judge a collapse by: so few may well be alike
 LEAST_RANK, LEAST_SPREAD = 1.5, 0.05  # below, features collapse: all images look alike to the backbone
 
 
@@ -69,11 +70,11 @@ def figures(first: Tensor, second: Tensor) -> Monitor:
     values = torch.linalg.svdvals(first)
     shares = values / values.sum().clamp(min=1e-12) + 1e-7
     one, two = F.normalize(first, dim=1), F.normalize(second, dim=1)
-    spread = one.std(dim=0).mean() * first.shape[1] ** 0.5
+    spread = one.std(dim=0, correction=min(1, len(one) - 1)).mean() * first.shape[1] ** 0.5
     pairs = torch.pdist(one).square()
     return Monitor(
         effective_rank=torch.exp(-(shares * shares.log()).sum()).item(),
-        feature_spread=spread.item() if len(one) > 1 else 0.0,
+        feature_spread=spread.item(),
         alignment=(one - two).square().sum(1).mean().item(),
         uniformity=-torch.exp(-2 * pairs).mean().log().item() if len(pairs) else 0.0,
     )

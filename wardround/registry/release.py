@@ -46,6 +46,12 @@ def compare(folder: Path, found: Hashes, expected: Hashes) -> None:
             raise CheckpointError(f"{folder}: '{name}' {state}; the release was cut or altered. Pull it again.")
 
 
+def is_stock(folder: Path) -> bool:
+    """Return whether stock timm loads a release, as its provenance says."""
+    path = folder / PROVENANCE
+    return not path.exists() or bool(json.loads(path.read_bytes()).get("stock_timm", True))
+
+
 def digest(hashes: Hashes) -> str:
     """Return one SHA-256 for a whole release, whatever the order of its files."""
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

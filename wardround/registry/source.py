@@ -36,7 +36,10 @@ def release_folder(source: str | Path, uri: str | None = None) -> Iterator[Path]
         )
     address = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if address is None:
-        raise ConfigError(f"backbone '{source}': MLflow's address is not known; set MLFLOW_TRACKING_URI.")
+        raise ConfigError(
+            f"backbone '{source}': MLflow's address is not known; set MLFLOW_TRACKING_URI, "
+            "such as sqlite:///runs/mlflow.db."
+        )
     from wardround.registry.mlflow_store import Store  # takes two seconds, which a folder need not wait for
 
     with tempfile.TemporaryDirectory() as aside:

@@ -22,7 +22,8 @@ def table(title: str, *columns: str) -> Table:
 def plan_table(plan: Plan, cost: Cost) -> Table:
     """Return what a config resolves to, and what it costs a site."""
     config, training = plan.config, plan.config.training
-    minutes = training.total_steps * cost.seconds_per_step / 60
+    seconds = training.total_steps * cost.seconds_per_step
+    span = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
     rows = {
         "protocol digest": plan.digest,
         "backbone": f"{config.backbone.name}, {cost.backbone_parameters:,} parameters",
@@ -33,12 +34,12 @@ def plan_table(plan: Plan, cost: Cost) -> Table:
         "batch": f"{training.batch_size} images, {training.precision}",
         "bytes a round and site": f"{cost.bytes_per_message:,} down, {cost.bytes_per_message:,} up",
         "memory at a site": f"about {cost.memory_bytes / 2**20:,.0f} MiB beside Python and its libraries",
-        "time at a site": f"about {minutes:.1f} min in all on this machine ({cost.seconds_per_step:.2f} s a step)",
+        "time at a site": f"about {span} of steps in all on this machine ({cost.seconds_per_step:.2f} s a step)",
         "sites": ", ".join(sorted(config.membership.sites)) or "whoever is in the data or connects",
         "differential privacy": "none: the coordinator may be able to reconstruct images",
     }
     made = table(f"{config.name}", "what", "value")
-    made.columns[1].justify = "left"
+    made.columns[1].justify, made.columns[1].overflow = "left", "fold"  # a digest is to be copied whole
     for name, value in rows.items():
         made.add_row(name, escape(value))  # a section's name in brackets is no markup
     return made
@@ -86,6 +87,7 @@ def rounds_table(records: Sequence[Mapping[str, Any]]) -> Table:
 def models_table(rows: Sequence[ModelRow]) -> Table:
     """Return the registered backbones."""
     made = table("Registered backbones", "name", "version", "aliases", "registered (UTC)", "round", "loss", "digest")
+    made.columns[0].overflow = "fold"  # a name is to be copied whole
     for row in rows:
         loss = f"{row.metrics['loss']:.4f}" if "loss" in row.metrics else ""
         when = f"{row.when:%Y-%m-%d %H:%M}"

@@ -19,7 +19,7 @@ from wardround.backbones import save_release
 from wardround.config import FederationConfig
 from wardround.data import procedural_set, read_labelled
 from wardround.errors import TrackingError
-from wardround.probe.monitor import Monitor
+from wardround.probe.monitor import FEWEST, Monitor
 from wardround.registry.durable import write_file
 from wardround.registry.mlflow_store import Store
 from wardround.registry.versions import versions
@@ -174,7 +174,7 @@ def collapse_lines(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = []
     for site, declared in sites.items():
         seen = Monitor(**{field.name: declared[field.name] for field in fields(Monitor)})
-        if seen.collapsed:
+        if seen.collapsed and declared["images"] >= FEWEST:
             lines.append(
                 f"warning: site '{site}': features collapse (effective rank {seen.effective_rank:.1f}, spread "
                 f"{seen.feature_spread:.3f}): all images look alike to the backbone. Lower [training] learning_rate, "
