@@ -36,7 +36,10 @@ from wardround.errors import ConfigError
         ({"method": {"mask_ration": 0.5}}, "[method] unknown key 'mask_ration'; did you mean 'mask_ratio'?"),
         ({"method": {"name": "simcrl"}}, "[method] name = 'simcrl': did you mean 'simclr'?"),
         ({"method": {"name": "pirl"}}, "[method] name = 'pirl': expected one of mae, simclr, moco, byol"),
-        ({"method": {"name": "simclr"}}, "[method] unknown key 'decoder_dim'; known keys: name, temperature, hidden_dim"),
+        (
+            {"method": {"name": "simclr"}},
+            "[method] unknown key 'decoder_dim'; known keys: name, temperature, hidden_dim",
+        ),
         ({"privacy": {"unit": "patient"}}, "[privacy] unit = \"patient\": input should be 'none'"),
         (
             {"membership": {"sites": {"../x": 1.0}}},

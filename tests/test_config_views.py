@@ -97,7 +97,7 @@ def test_the_protocol_carries_resolved_values() -> None:
             {"views": {"saturation": 0.1}, "data": {}},
             "[data] channels = 1: grey images have no saturation, but [views]",
         ),
-        ({"views": {"modality": "dermoscopy"}}, "hue = 0.02, saturation = 0.2 (modality = 'dermoscopy'); set both to 0.0 there"),
+        ({"views": {"modality": "dermoscopy"}}, "saturation = 0.2 (modality = 'dermoscopy'); set both to 0.0 there"),
         ({"views": {"rotation": 200.0}}, "[views] rotation = 200.0: input should be less than or equal to 180."),
         ({"views": {"crop_scale": [0.0, 1.0]}}, "[views] crop_scale = [0.0, 1.0]: expected 0 < smallest <= largest"),
         ({"views": {"hues": 0.1}}, "[views] unknown key 'hues'; did you mean 'hue'?"),
