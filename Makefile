@@ -25,7 +25,7 @@ lint: setup
 docs: setup
 	$(BIN)/python docs/make_reference.py
 
-# Every method on every family of backbones: about a quarter of an hour.
+# Every method on every family of backbones: more than half an hour on two cores.
 matrix: setup
 	$(BIN)/python benchmarks/matrix.py --whole --out benchmarks/results/$$(date +%F)-matrix.md
 

@@ -89,17 +89,23 @@ def main() -> None:
         if not backbone.startswith("monai") or method in ("mae", "simclr")
     ]
     with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), mp_context=get_context("spawn")) as pool:
-        found = pool.map(check, *zip(*wanted, strict=True))
-        pairs = list(tqdm(found, "pairs", len(wanted), unit="pair", disable=None))
+        pairs: list[Pair] = []
+        for pair in tqdm(pool.map(check, *zip(*wanted, strict=True)), "pairs", len(wanted), unit="pair", disable=None):
+            pairs.append(pair)
+            if arguments.out:  # after each, so that a run that is cut leaves what it found
+                write(pairs, arguments.out)
     Console().print(table(pairs))
     for pair in pairs:
         if pair.verdict == "broken":
             print(f"broken: {pair.method} on {pair.backbone}: {pair.reason}")
-    if arguments.out:
-        arguments.out.write_text(markdown(pairs), encoding="utf-8")
-        figures = {"date": str(date.today()), "torch": torch.__version__, "pairs": [vars(pair) for pair in pairs]}
-        arguments.out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     sys.exit(any(pair.verdict == "broken" for pair in pairs))
+
+
+def write(pairs: list[Pair], out: Path) -> None:
+    """Write the table as Markdown and the figures beside it as JSON."""
+    out.write_text(markdown(pairs), encoding="utf-8")
+    figures = {"date": str(date.today()), "torch": torch.__version__, "pairs": [vars(pair) for pair in pairs]}
+    out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def every_family() -> tuple[str, ...]:
