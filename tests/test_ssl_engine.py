@@ -14,7 +14,7 @@ from conftest import tiny
 
 from wardround import ssl as methods
 from wardround.client.local_round import Job, local_round, source, train
-from wardround.config import FederationConfig
+from wardround.config import FederationConfig, SiteConfig, parse
 from wardround.data.index import Index, SiteImages
 from wardround.errors import ConfigError, UpdateError
 from wardround.ssl.devices import Machine, launch, open_fabric
@@ -243,3 +243,9 @@ def test_a_step_does_not_get_its_memory_page_by_page_again() -> None:
         for how in ("plain", "kept")
     )
     assert kept < plain / 4
+
+
+def test_one_numbered_gpu_is_not_several() -> None:
+    site = {"format": 1, "name": "lyon", "work": "w", "images": {"folder": "i"}, "device": "cuda:1", "devices": 2}
+    with pytest.raises(ConfigError, match="device = 'cuda:1' is one, and devices = 2; write device = 'cuda'"):
+        parse(site, SiteConfig, "site.toml")

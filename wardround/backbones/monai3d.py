@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wardround.backbones.backbone import Backbone
 from wardround.backbones.normalisation import group_normalise
 from wardround.backbones.timm_net import TimmNet
-from wardround.backbones.vit import ViT
+from wardround.backbones.vit import ViT, check_patch
 from wardround.config.federation import BackboneConfig, DataConfig
 from wardround.errors import ConfigError
 
@@ -50,10 +50,7 @@ def build_monai(backbone: BackboneConfig, data: DataConfig) -> Backbone:
 def _vit(backbone: BackboneConfig, data: DataConfig) -> ViT:
     width, depth, heads = VITS[backbone.name]
     patch = backbone.patch_size or _PATCH
-    if data.image_size % patch:
-        raise ConfigError(
-            f"[backbone] patch_size = {patch} does not divide [data] image_size = {data.image_size}; choose a divisor."
-        )
+    check_patch(patch, data)
     embed = OrderedDict(
         proj=nn.Conv3d(data.channels, width, kernel_size=patch, stride=patch),
         tokens=Rearrange("b c d h w -> b (d h w) c"),

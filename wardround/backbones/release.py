@@ -125,7 +125,7 @@ def _declared(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
     return {
         "architecture": recipe.backbone.name.removeprefix(family_of(recipe.backbone.name).prefix),
         "tag": recipe.name,
-        "input_size": [data.channels, data.image_size, data.image_size],
+        "input_size": list(data.shape),
         "fixed_input_size": True,
         "interpolation": "bicubic",
         "crop_pct": 1.0,

@@ -113,11 +113,7 @@ def build_vit(backbone: BackboneConfig, data: DataConfig) -> ViT:
 def timm_arguments(backbone: BackboneConfig, data: DataConfig) -> dict[str, Any]:
     """Return what stock timm needs to build the same architecture. Raises ConfigError where sizes do not fit."""
     patch_size = backbone.patch_size or _own_patch_size(backbone.name)
-    if data.image_size % patch_size:
-        raise ConfigError(
-            f"[backbone] patch_size = {patch_size} does not divide [data] image_size = {data.image_size}; "
-            "take a multiple of it, or set patch_size to a divisor."
-        )
+    check_patch(patch_size, data)
     arguments: dict[str, Any] = {
         "img_size": data.image_size,
         "patch_size": patch_size,
@@ -128,6 +124,15 @@ def timm_arguments(backbone: BackboneConfig, data: DataConfig) -> dict[str, Any]
     if backbone.depth is not None:
         arguments["depth"] = backbone.depth
     return arguments
+
+
+def check_patch(patch: int, data: DataConfig) -> None:
+    """Raise ConfigError unless patches of an edge cover an image whole."""
+    if data.image_size % patch:
+        raise ConfigError(
+            f"[backbone] patch_size = {patch} does not divide [data] image_size = {data.image_size}; "
+            "take a multiple of it, or set patch_size to a divisor."
+        )
 
 
 def _own_patch_size(name: str) -> int:

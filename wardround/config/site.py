@@ -1,9 +1,9 @@
 """The site's own file, `site.toml`. It never leaves the site."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from wardround.config.strict import Name, Strict, read_toml
 
@@ -66,6 +66,12 @@ class SiteConfig(Strict):
     max_trainings_per_round: int = Field(
         default=2, ge=1, le=10, description="How often one round may be trained, restarts after a crash included."
     )
+
+    @model_validator(mode="after")
+    def _several_devices_have_no_number(self) -> Self:
+        if self.devices > 1 and ":" in self.device:
+            raise ValueError(f"device = '{self.device}' is one, and devices = {self.devices}; write device = 'cuda'")
+        return self
 
 
 def read_site(path: Path) -> SiteConfig:

@@ -125,7 +125,7 @@ def compare(
     Raises ConfigError where the images are not of the size and channels that the backbone takes.
     """
     data = protocol_of(folder).data
-    expected = (data.channels, data.image_size, data.image_size)
+    expected = data.shape
     if images.images.shape[1:] != expected:
         raise ConfigError(f"evaluation set: images are {images.images.shape[1:]}, the backbone takes {expected}.")
     return evaluate(three_arms(folder), images, fractions, draws, seed)

@@ -11,7 +11,7 @@ from torch import nn
 from wardround.backbones import reloaded
 from wardround.config import Protocol, parse
 from wardround.errors import CheckpointError, ConfigError
-from wardround.registry.release import CONFIG, PROVENANCE
+from wardround.registry.release import CONFIG, PROVENANCE, is_stock
 from wardround.registry.source import release_folder
 
 __all__ = ["load_backbone", "protocol_of", "release_folder"]
@@ -41,7 +41,7 @@ def load_backbone(
         arguments["num_classes"] = num_classes
     with release_folder(source, uri) as folder:
         try:
-            if _stock_timm_loads(folder):
+            if is_stock(folder):
                 model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments)
             else:
                 model = reloaded(protocol_of(folder), folder, **arguments)
@@ -60,9 +60,3 @@ def protocol_of(folder: Path) -> Protocol:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: '{PROVENANCE}' does not say how the backbone was trained.") from error
     return parse(found, Protocol, f"{folder / PROVENANCE}")
-
-
-def _stock_timm_loads(folder: Path) -> bool:
-    """Return what provenance says; a folder without any was written by timm."""
-    path = folder / PROVENANCE
-    return not path.exists() or bool(json.loads(path.read_bytes()).get("stock_timm", True))

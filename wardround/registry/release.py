@@ -47,7 +47,7 @@ def compare(folder: Path, found: Hashes, expected: Hashes) -> None:
 
 
 def is_stock(folder: Path) -> bool:
-    """Return whether stock timm loads a release, as its provenance says."""
+    """Return whether stock timm loads a release, as its provenance says; one without any was written by timm."""
     path = folder / PROVENANCE
     return not path.exists() or bool(json.loads(path.read_bytes()).get("stock_timm", True))
 

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
+import torch
 from numpy.typing import NDArray
 
 from wardround.backbones import released_model
 from wardround.config.federation import Recipe
 from wardround.probe import features
+from wardround.report.sheet import draw_sheet
 from wardround.update import State
 
 IMAGES, QUERIES, NEAREST = 256, 8, 5
@@ -26,20 +27,7 @@ def draw_neighbours(recipe: Recipe, state: State, images: NDArray[np.uint8], pat
     alike = found @ found.T
     np.fill_diagonal(alike, -np.inf)
     queries = np.linspace(0, len(searched) - 1, min(QUERIES, len(searched)), dtype=int)
-    nearest = np.argsort(-alike[queries], axis=1)[:, : min(NEAREST, len(searched) - 1)]
-    figure = Figure(figsize=(1.3 * len(queries), 1.35 * (1 + nearest.shape[1]) + 0.4), dpi=110, layout="constrained")
-    axes = figure.subplots(1 + nearest.shape[1], len(queries), squeeze=False)
-    for column, query in enumerate(queries):
-        for row, place in enumerate((query, *nearest[column])):
-            axes[row, column].imshow(_flat(searched[place]), cmap="gray", vmin=0, vmax=255)
-            axes[row, column].set(xticks=[], yticks=[])
-    for row in range(1 + nearest.shape[1]):
-        axes[row, 0].set_ylabel(f"nearest {row}" if row else "image")
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def _flat(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return an image with channels last: [C, S, S] or the middle slice of [C, S, S, S] -> [S, S, C]."""
-    return np.moveaxis(image if image.ndim == 3 else image[:, image.shape[1] // 2], 0, -1)
+    nearest = np.argsort(-alike[queries], axis=1)[:, : min(NEAREST, len(searched) - 1)].T  # [rank, query]
+    pixels = torch.from_numpy(np.array(searched)).float() / 255.0
+    rows = {"image": queries, **{f"nearest {rank}": places for rank, places in enumerate(nearest, start=1)}}
+    draw_sheet({name: pixels[places] for name, places in rows.items()}, path, title)

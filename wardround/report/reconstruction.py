@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 from wardround import ssl as methods
 from wardround.config.federation import Recipe
+from wardround.report.sheet import draw_sheet
 from wardround.ssl.draws import generator
 from wardround.ssl.mae import MAE, patchify, random_order, unpatchify
 from wardround.ssl.spark import SparK
@@ -31,17 +31,7 @@ def draw_reconstructions(recipe: Recipe, state: State, images: NDArray[np.uint8]
     shown = torch.from_numpy(np.array(images[:8])).float() / 255.0
     with torch.no_grad():
         seen, filled = _panels(method, recipe, shown)
-    rows = {name: _flat(panel) for name, panel in (("image", shown), ("seen", seen), ("reconstructed", filled))}
-    figure = Figure(figsize=(1.3 * len(shown), 1.35 * len(rows) + 0.4), dpi=110, layout="constrained")
-    axes = figure.subplots(len(rows), len(shown), squeeze=False)
-    for line, (name, panel) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(name)
-        for axis, image in zip(line, panel, strict=True):
-            axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    draw_sheet({"image": shown, "seen": seen, "reconstructed": filled}, path, title)
     return True
 
 
@@ -63,8 +53,3 @@ def _panels(method: MAE | SparK, recipe: Recipe, images: Tensor) -> tuple[Tensor
     seen = pixels * visible + 0.5 * (1 - visible)
     filled = pixels * visible + (predicted * std + mean) * (1 - visible)
     return unpatchify(seen, patch, channels), unpatchify(filled, patch, channels)
-
-
-def _flat(images: Tensor) -> Tensor:
-    """Return the images, or the middle slices of volumes: [N, C, S, S]."""
-    return images[:, :, images.shape[2] // 2] if images.ndim == 5 else images

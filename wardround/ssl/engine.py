@@ -143,9 +143,11 @@ class Plain:
         """Take half as many images at once, and say so."""
         self.method.zero_grad(set_to_none=True)
         if self.fabric.world_size > 1 or self.micro_batch == 1 or self.recipe.backbone.norm == "batch":
+            whole = self.recipe.backbone.norm == "batch"  # whose batches stay whole
+            own = "" if whole else "Set micro_batch in site.toml lower, or checkpointing = true, or "
             raise UpdateError(
-                f"site '{self.site}': memory ran out with {self.micro_batch} images at once. Set micro_batch in "
-                "site.toml lower, or checkpointing = true, or ask for a smaller [training] batch_size."
+                f"site '{self.site}': memory ran out with {self.micro_batch} images at once. "
+                f"{own or 'Batch statistics need them all: '}ask for a smaller [training] batch_size."
             )
         largest = min(self.micro_batch, self.recipe.training.batch_size)
         self.micro_batch = (largest + 1) // 2
