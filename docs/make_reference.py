@@ -46,7 +46,9 @@ def _section(model: type[Strict], name: str, chosen: str = "") -> list[str]:
     for key, field in model.model_fields.items():
         if inner := models_in(field.annotation):
             for kind in inner:
-                chosen = f' name = "{kind_of(kind)}"' if len(inner) > 1 else ""
+                key_of_kind, kinds = kind_of(kind)
+                known = " or ".join(f'"{one}"' for one in kinds)
+                chosen = f" {key_of_kind} = {known}" if len(inner) > 1 else ""
                 parts += _section(kind, f"{name}.{key}" if name else key, chosen)
             continue
         default = "required" if field.default is PydanticUndefined else f"default `{field.default!r}`"

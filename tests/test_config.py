@@ -40,7 +40,9 @@ from wardround.errors import ConfigError
             {"method": {"name": "simclr"}},
             "[method] unknown key 'decoder_dim'; known keys: name, temperature, hidden_dim",
         ),
-        ({"privacy": {"unit": "patient"}}, "[privacy] unit = \"patient\": input should be 'none'"),
+        ({"privacy": {"unit": "patient"}}, "[privacy] the key 'epsilon' is missing; add it"),
+        ({"privacy": {"unit": "patients"}}, "[privacy] unit = 'patients': did you mean 'patient'?"),
+        ({"privacy": {"unit": "image", "epsilon": 8.0, "delta": 1e-5, "cilp": 1.0}}, "[privacy] unknown key 'cilp'"),
         (
             {"membership": {"sites": {"../x": 1.0}}},
             '[membership.sites.../x] [key] = "../x": string should match pattern',

@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,30 +33,46 @@ _KINDS: dict[Any, str] = {int: "a whole number from 0", float: "a finite number 
 
 @dataclass(frozen=True)
 class Declared:
-    """The fields that may leave a site beside its delta. What is not listed here cannot cross."""
+    """The fields that may leave a site beside its delta. What is not listed here cannot cross.
 
-    images: int  # distinct images indexed
-    patients: int  # distinct patients indexed
+    Where patients or images are the privacy unit, what was measured on them is None: it would leave
+    without noise. What then stands here follows from declared constants and the ledger alone.
+    """
+
     steps: int  # local steps taken
-    loss_first: float  # mean loss over the first tenth of the round's steps; minus a cosine in some methods
-    loss: float  # mean loss over the last tenth
-    seconds: float  # wall time of training
     version: str  # Wardround's at the site
-    effective_rank: float  # the figures of probe.monitor.Monitor, over at most 256 images
-    feature_spread: float
-    alignment: float
-    uniformity: float
+    images: int | None = None  # distinct images indexed
+    patients: int | None = None  # distinct patients indexed
+    loss_first: float | None = None  # mean loss over the first tenth of the round's steps; minus a cosine in some
+    loss: float | None = None  # mean loss over the last tenth
+    seconds: float | None = None  # wall time of training
+    effective_rank: float | None = None  # the figures of probe.monitor.Monitor, over at most 256 images
+    feature_spread: float | None = None
+    alignment: float | None = None
+    uniformity: float | None = None
+    units: int | None = None  # with a privacy unit at the site: the declared number of them
+    epsilon: float | None = None  # spent in this federation so far, of the federation's unit, at its delta
+    ledger: str | None = None  # length and head of the site's ledger, LENGTH:HASH
 
     def __post_init__(self) -> None:
         """Raise UpdateError for values that no honest site sends; they come from outside."""
         for field in fields(self):
             value = getattr(self, field.name)
-            least, expected = 0.0, _KINDS[field.type]
+            kind, *may_lack = get_args(field.type) or (field.type,)
+            if value is None and may_lack:
+                continue
+            least, expected = 0.0, _KINDS[kind]
             if field.name in ("loss", "loss_first"):
                 least, expected = -math.inf, "a finite number"
-            is_text = isinstance(value, str) and len(value) <= 40
-            if not (is_text if field.type is str else _is_measure(value, field.type, least)):
+            is_text = isinstance(value, str) and len(value) <= 100
+            if not (is_text if kind is str else _is_measure(value, kind, least)):
                 raise UpdateError(f"declared field '{field.name}' is {str(value)[:40]!r}, expected {expected}.")
+
+    @property
+    def private(self) -> bool:
+        """Whether nothing here was measured on images: what a patient- or image-level guarantee asks for."""
+        released = {"steps", "version", "units", "epsilon", "ledger"}
+        return all(getattr(self, field.name) is None for field in fields(self) if field.name not in released)
 
 
 @dataclass(frozen=True)
@@ -156,6 +172,7 @@ class Task:
     protocol: str  # the protocol as canonical JSON, from which the site computes the digest itself
     last_folded: int  # the last round in which this site's update counted; 0 for none
     state: bytes  # the packed state to start from
+    ledger: str = ""  # the newest length and head of the site's ledger that the coordinator has seen, LENGTH:HASH
 
 
 @dataclass(frozen=True)

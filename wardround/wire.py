@@ -10,13 +10,19 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from wardround.errors import UpdateError
 from wardround.update import Refusal, Task
 
-VERSION = 1  # of this protocol on the wire; both ends must speak the same
+VERSION = 2  # of this protocol on the wire; both ends must speak the same
 
 
 def task_to_records(task: Task) -> RecordDict:
     """Return the records of one task."""
     fields = ConfigRecord(
-        {"wire": VERSION, "round": task.round, "protocol": task.protocol, "last_folded": task.last_folded}
+        {
+            "wire": VERSION,
+            "round": task.round,
+            "protocol": task.protocol,
+            "last_folded": task.last_folded,
+            "ledger": task.ledger,
+        }
     )
     return RecordDict({"task": fields, "state": _block(task.state)})
 
@@ -34,6 +40,7 @@ def records_to_task(records: RecordDict) -> Task:
             protocol=str(fields["protocol"]),
             last_folded=int(fields["last_folded"]),  # type: ignore[arg-type]
             state=_bytes(records, "state"),
+            ledger=str(fields["ledger"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UpdateError("the coordinator's message holds no task; its release differs from this site's.") from error

@@ -7,11 +7,12 @@ are outside it: they change neither what a site computes nor what leaves it.
 
 from datetime import date
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from wardround.config.method import MAEConfig, MethodConfig
+from wardround.config.privacy import NoPrivacyConfig, PrivacyConfig
 from wardround.config.strict import Name, Strict, digest
 from wardround.config.views import COMPARED_CROP, ViewsConfig
 
@@ -124,12 +125,18 @@ class TrainingConfig(Strict):
 
     rounds: int = Field(ge=1, le=100_000, description="Rounds of the federation.")
     local_steps: int = Field(ge=1, le=1_000_000, description="Optimiser steps a site takes in a round.")
-    batch_size: int = Field(default=64, ge=2, le=65_536, description="Images a step.")
+    batch_size: int = Field(
+        default=64, ge=2, le=65_536, description="Images a step; with differential privacy, units expected a step."
+    )
     learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(default=0.05, ge=0.0, le=1.0, description="Decoupled weight decay of AdamW.")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Decay of AdamW's two moments, each in [0, 1).")
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up, counted over the federation.")
-    clip_norm: float | None = Field(default=1.0, gt=0.0, description="Largest norm of a step's joint gradient.")
+    clip_norm: float | None = Field(
+        default=1.0,
+        gt=0.0,
+        description="Largest norm of a step's joint gradient; not used where [privacy] clips each unit's.",
+    )
     optimiser_state: Literal["fresh", "kept"] = Field(
         default="kept", description="Whether a site's moments start anew in each round or are part of its site memory."
     )
@@ -182,15 +189,6 @@ class AggregationConfig(Strict):
     momentum: float = Field(default=0.0, ge=0.0, lt=1.0, description="Server SGD's momentum (FedAvgM).")
 
 
-class PrivacyConfig(Strict):
-    """The differential privacy of what is released."""
-
-    unit: Literal["none"] = Field(
-        default="none",
-        description="none: no differential privacy; the coordinator may be able to reconstruct images.",
-    )
-
-
 class Recipe(Strict):
     """How a state is trained: all that both files below share."""
 
@@ -204,7 +202,7 @@ class Recipe(Strict):
     )
     training: TrainingConfig = Field(description="A site's work in a round.")
     aggregation: AggregationConfig = Field(default=AggregationConfig(), description="The server's fold.")
-    privacy: PrivacyConfig = Field(default=PrivacyConfig(), description="Differential privacy.")
+    privacy: PrivacyConfig = Field(default=NoPrivacyConfig(), description="Differential privacy.")
 
     @field_validator("data")
     @classmethod
@@ -252,6 +250,11 @@ class MembershipConfig(Strict):
     sites: dict[Name, float] = Field(
         default={},
         description="The declared weight of each site by name; empty takes whoever connects or is in the data.",
+    )
+    units: dict[Name, Annotated[int, Field(ge=1)]] = Field(
+        default={},
+        description="Differential privacy: the declared number of patients (or images, where they are the unit) of "
+        "each site. A round number below the true one, never counted from the index.",
     )
     min_sites: int | None = Field(
         default=None, ge=1, le=10_000, description="Fewest sites whose updates close a round; unset means all of them."

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from wardround.config.privacy import Delta, Epsilon
 from wardround.config.strict import Name, Strict, read_toml
 
 
@@ -37,6 +38,19 @@ class CoordinatorConfig(Strict):
     private_key: Path = Field(description="The site's private key, from the kit (OpenSSH, ECDSA P-384, mode 0600).")
 
 
+class SitePrivacy(Strict):
+    """What a site allows to be spent of its patients' privacy, over all federations."""
+
+    epsilon: Epsilon = Field(description="The ceiling: no round starts that would take the ledger past it.")
+    delta: Delta = Field(description="The delta at which the ledger is read; one for all federations.")
+    units: int | None = Field(
+        default=None,
+        ge=1,
+        description="The declared number of patients (or images, where they are the unit): a round number that may be "
+        "known, below the true one. It sets how often a patient is drawn.",
+    )
+
+
 class SiteConfig(Strict):
     """Everything one hospital sets for itself."""
 
@@ -46,6 +60,9 @@ class SiteConfig(Strict):
     work: Path = Field(description="A folder for the cache, the journal and the site memory; the only one written.")
     approved: tuple[str, ...] = Field(
         default=(), description="Protocol digests that this site agreed to; no other is run."
+    )
+    privacy: SitePrivacy | None = Field(
+        default=None, description="The site's own limit; without it no round with differential privacy is trained."
     )
     coordinator: CoordinatorConfig | None = Field(
         default=None, description="The connection; absent where all sites run in one process."

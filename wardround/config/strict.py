@@ -69,12 +69,12 @@ def _problem(problem: Any, model: type[Strict]) -> str:
         remedy = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"{section}unknown key '{key}'; {remedy}"
     if problem["type"] == "union_tag_not_found":  # a section that `loc` names whole lacks the key that tells its kind
-        return f"[{'.'.join(path)}] the key 'name' is missing; add it"
+        return f"[{'.'.join(path)}] the key {problem['ctx']['discriminator']} is missing; add it"
     if problem["type"] == "union_tag_invalid":
         found, tags = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "").split(", ")
         near = difflib.get_close_matches(found, tags, n=1, cutoff=0.5)
         remedy = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(tags)}"
-        return f"[{'.'.join(path)}] name = '{found[:80]}': {remedy}"
+        return f"[{'.'.join(path)}] {problem['ctx']['discriminator'].strip(chr(39))} = '{found[:80]}': {remedy}"
     if problem["type"] == "missing":
         return f"{section}the key '{key}' is missing; add it"
     if problem["type"] == "value_error":  # raised by a validator of the section that `loc` names whole
@@ -97,7 +97,8 @@ def _section(model: type[Strict], loc: list[str]) -> tuple[type[Strict], list[st
         model = next(iter(inner.values()), model)
         path.append(key)
         field = model.model_fields.get(key)
-        inner = {kind_of(found): found for found in models_in(field.annotation)} if field else {}
+        within = models_in(field.annotation) if field else []
+        inner = {kind: found for found in within for kind in kind_of(found)[1]}
     return model, path
 
 
@@ -110,7 +111,10 @@ def models_in(annotation: Any) -> list[type[Strict]]:
     return []
 
 
-def kind_of(model: type[Strict]) -> str:
-    """Return the one value that a model's `name` may have, or nothing where it is no kind of a section."""
-    field = model.model_fields.get("name")
-    return str(get_args(field.annotation)[0]) if field and get_origin(field.annotation) is Literal else ""
+def kind_of(model: type[Strict]) -> tuple[str, tuple[str, ...]]:
+    """Return the key that tells a section's kind and the values for which it is this model; ("", ("",)) without."""
+    for key in ("name", "unit"):
+        field = model.model_fields.get(key)
+        if field and get_origin(field.annotation) is Literal:
+            return key, get_args(field.annotation)
+    return "", ("",)

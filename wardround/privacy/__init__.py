@@ -1,0 +1,1 @@
+"""Differential privacy: the private gradient engines, noise, accounting and the site's ledger."""
