@@ -106,7 +106,7 @@ class DINO(Method):
         if self.settings.centre != "public":
             return self.head.centre
         size = [self.view_size] * self.recipe.data.dimensions
-        images = F.interpolate(self.bank / 255, size, mode="bilinear", antialias=True)
+        images = F.interpolate(self.bank.to(self.head.centre.dtype) / 255, size, mode="bilinear", antialias=True)
         return widened(self.teacher(normalise(images, self.recipe.data))).mean(dim=0)
 
 
