@@ -195,7 +195,7 @@ def check_state(built: Method, config: Recipe) -> None:
     back, _ = unpack(pack(state, {}))
     _must(state_hash(back) == state_hash(state), "safetensors changed the state")
     zero: State = {name: np.zeros_like(array) for name, array in state.items()}
-    declared = Declared(1, 1, 1, 0.0, 0.0, 0.0, "0", 1.0, 1.0, 1.0, 1.0)
+    declared = Declared(steps=1, version="0", images=1, patients=1)
     update = Update("lyon", "0" * 64, 1, state_hash(state), declared, {n: a - zero[n] for n, a in state.items()})
     delta = Update.from_bytes(update.to_bytes()).delta
     other = methods.build(config.model_copy(update={"seed": 6}))

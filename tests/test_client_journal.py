@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from wardround.client.journal import Journal
-from wardround.errors import PolicyRefusal
+from wardround.errors import BudgetExhausted, PolicyRefusal
 from wardround.update import Declared, State, Update
 
-DECLARED = Declared(3, 2, 1, 0.5, 0.25, 1.5, "0.1.0", 9.0, 0.8, 0.2, 2.0)
+DECLARED = Declared(steps=1, version="0.1.0", images=3, patients=2, loss=0.25)
 
 
 def block(round: int, state: str = "s") -> bytes:
@@ -32,6 +32,11 @@ def test_a_finished_round_is_replayed_byte_for_byte_from_the_same_state_only(jou
     assert journal.replay(1, "another") is None
 
 
+def begin(journal: Journal, round: int) -> None:
+    with journal.training(round):
+        pass
+
+
 def test_rounds_only_go_forward(journal: Journal) -> None:
     journal.finish(2, block(2), memory(2))
     with pytest.raises(PolicyRefusal, match="round 1 lies behind round 2"):
@@ -39,16 +44,23 @@ def test_rounds_only_go_forward(journal: Journal) -> None:
 
 
 def test_a_round_is_trained_no_oftener_than_the_site_allows(journal: Journal) -> None:
-    journal.begin(1)
-    journal.begin(1)
+    for _ in range(2):
+        begin(journal, 1)
     with pytest.raises(PolicyRefusal, match="round 1 was trained 2 times already"):
-        journal.begin(1)
-    journal.begin(2)
+        begin(journal, 1)
+    begin(journal, 2)
+
+
+def test_a_training_that_a_refusal_stopped_is_not_counted(journal: Journal) -> None:
+    for _ in range(3):
+        with pytest.raises(BudgetExhausted), journal.training(1):
+            raise BudgetExhausted("no budget")
+    begin(journal, 1)
 
 
 def test_two_rounds_of_memory_are_kept(journal: Journal) -> None:
     for round in (1, 2, 3):
-        journal.begin(round)
+        begin(journal, round)
         journal.finish(round, block(round), memory(round))
     assert journal.memory(0) == {}
     assert journal.memory(1) is None
@@ -70,6 +82,6 @@ def test_memory_that_was_cut_counts_as_lost(journal: Journal) -> None:
 
 
 def test_what_the_journal_writes_is_for_the_site_alone(journal: Journal) -> None:
-    journal.begin(1)
+    begin(journal, 1)
     journal.finish(1, block(1), memory(1))
     assert {path.stat().st_mode & 0o777 for path in journal.folder.rglob("*.*") if path.is_file()} == {0o600}

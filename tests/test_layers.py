@@ -12,12 +12,13 @@ DOORS = {
     "mlflow": {"registry/mlflow_store.py"},
     "lightly": {"ssl/"},
     "opacus": {"privacy/"},
+    "dp_accounting": {"privacy/accounting.py"},
     "pydicom": {"data/"},
     "nibabel": {"data/"},
     "timm": {"backbones/", "downstream/"},
     "monai": {"backbones/", "data/"},
     "einops": {"backbones/"},
-    "lightning_fabric": {"ssl/devices.py", "ssl/engine.py", "client/local_round.py"},
+    "lightning_fabric": {"ssl/devices.py", "ssl/engine.py", "client/local_round.py", "privacy/engine.py"},
     "sklearn": {"probe/"},
     "matplotlib": {"report/"},
 }
@@ -47,7 +48,7 @@ def test_each_framework_stands_behind_one_door(framework: str) -> None:
 def test_the_training_core_imports_neither_flwr_nor_mlflow() -> None:
     code = """
 import sys
-for name in ("flwr", "mlflow", "monai", "opacus"):
+for name in ("flwr", "mlflow", "monai", "opacus", "dp_accounting"):
     sys.modules[name] = None
 import wardround.data, wardround.backbones, wardround.ssl, wardround.plan, wardround.client.local_round
 """

@@ -1,5 +1,7 @@
 """Folding, by hand-computed numbers."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,7 +29,7 @@ def test_the_mean_weighs_each_site() -> None:
 
 def test_fedavg_adds_the_mean_and_keeps_no_velocity() -> None:
     state = {"w": np.array([10.0, 20.0], np.float32)}
-    new, velocity = fold(state, {}, read, {"lyon": 1.0, "oslo": 3.0}, AggregationConfig())
+    new, velocity = fold(state, {}, partial(weighted_mean, read, {"lyon": 1.0, "oslo": 3.0}), AggregationConfig())
     assert new["w"].tolist() == [13.25, 19.875]
     assert new["w"].dtype == np.float32
     assert velocity == {}
@@ -35,10 +37,10 @@ def test_fedavg_adds_the_mean_and_keeps_no_velocity() -> None:
 
 def test_server_momentum_carries_the_mean_from_round_to_round() -> None:
     config = AggregationConfig(momentum=0.5, learning_rate=2.0)
-    weights = {"lyon": 1.0}
-    state, velocity = fold({"w": np.zeros(2, np.float32)}, {}, read, weights, config)
+    mean = partial(weighted_mean, read, {"lyon": 1.0})
+    state, velocity = fold({"w": np.zeros(2, np.float32)}, {}, mean, config)
     assert state["w"].tolist() == [2.0, -4.0]
-    state, velocity = fold(state, velocity, read, weights, config)
+    state, velocity = fold(state, velocity, mean, config)
     # v = 0.5 * [1, -2] + [1, -2] = [1.5, -3]; state = [2, -4] + 2 * v
     assert velocity["w"].tolist() == [1.5, -3.0]
     assert state["w"].tolist() == [5.0, -10.0]

@@ -7,59 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import tiny
+from honest_sites import DECLARED, SITES, Cut, Sites, final, ignore, make_run
 
 from wardround.errors import CheckpointError, ConfigError, UpdateError
-from wardround.plan import resolve
 from wardround.registry import checkpoint
 from wardround.server import rounds, run_folder
 from wardround.server.rounds import run_rounds
-from wardround.server.run_folder import RunFolder, create, open_run
-from wardround.update import Declared, Refusal, State, Task, Update, state_hash, unpack
-
-SITES = ("lyon", "oslo", "wien")
-MONITOR = {"effective_rank": 9.0, "feature_spread": 0.8, "alignment": 0.2, "uniformity": 2.0}
-DECLARED = Declared(images=10, patients=5, steps=3, loss_first=1.0, loss=0.5, seconds=0.1, version="0.1.0", **MONITOR)
-
-
-class Cut(BaseException):
-    """The process ends here."""
-
-
-def make_run(path: Path, **changes: Any) -> RunFolder:
-    return create(path, resolve(tiny(**changes)), {site: site for site in SITES}, "")
-
-
-class Sites:
-    """Three honest sites: their update is a function of (site, round, state)."""
-
-    def __init__(self, run: RunFolder, cut_after: int | None = None) -> None:
-        self.run, self.cut_after, self.asked = run, cut_after, list[tuple[str, int]]()
-
-    def __call__(self, tasks: Mapping[str, Task]) -> Iterator[tuple[str, bytes | Refusal]]:
-        for number, site in enumerate(reversed(tasks)):
-            if number == self.cut_after:
-                raise Cut
-            self.asked.append((site, tasks[site].round))
-            yield site, self.answer(site, tasks[site])
-
-    def answer(self, site: str, task: Task) -> bytes | Refusal:
-        return self.update(site, task).to_bytes()
-
-    def update(self, site: str, task: Task) -> Update:
-        state, _ = unpack(task.state)
-        draw = np.random.default_rng([*site.encode(), task.round])
-        delta = {name: draw.normal(size=a.shape).astype(np.float32) for name, a in sorted(state.items())}
-        declared = dataclasses.replace(DECLARED, images=len(site) + ord(site[0]))
-        return Update(site, self.run.digest, task.round, state_hash(state), declared, delta)
-
-
-def ignore(_: int) -> None:
-    """Record nothing."""
-
-
-def final(run: RunFolder) -> str:
-    return state_hash(run.checkpoint(run.committed()[-1]).state)
+from wardround.server.run_folder import RunFolder, open_run
+from wardround.update import Refusal, State, Task, Update
 
 
 def cut_before_folding(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

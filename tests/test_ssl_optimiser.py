@@ -7,7 +7,6 @@ from conftest import tiny
 
 from wardround import ssl as methods
 from wardround.errors import ConfigError
-from wardround.ssl.engine import view_size
 from wardround.ssl.optimiser import adamw, learning_rate, set_rate
 
 
@@ -45,8 +44,8 @@ def test_the_rate_warms_up_and_falls_to_almost_nothing_by_the_last_step() -> Non
 
 def test_views_grow_with_the_rounds() -> None:
     config = tiny(data={"image_size": 32}, training={"rounds": 4, "resolutions": [[1, 16], [3, 32]]})
-    assert [view_size(config, step) for step in (0, 5, 6, 11)] == [16, 16, 32, 32]
-    assert view_size(tiny(), 5) == 16
+    assert [config.view_size(step) for step in (0, 5, 6, 11)] == [16, 16, 32, 32]
+    assert tiny().view_size(5) == 16
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
 from wardround.errors import UpdateError
-from wardround.update import Declared, State, Update, check_tensors, layout, pack, state_hash, unpack
+from wardround.update import Declared, State, Update, check_tensors, layout, pack, state_hash, unpack, withholds
 
 STATE: State = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros(4, np.float32)}
 MONITOR = {"effective_rank": 9.0, "feature_spread": 0.8, "alignment": 0.2, "uniformity": 2.0}
@@ -54,8 +55,11 @@ def test_noise_is_refused(block: bytes) -> None:
         ("loss", float("inf")),
         ("loss", -float("inf")),
         ("seconds", -0.5),
-        ("version", "x" * 41),
+        ("version", "x" * 101),
         ("steps", 1.5),
+        ("epsilon", -1.0),
+        ("ledger", "7:short"),
+        ("ledger", "a path/of/a/patient"),
     ],
 )
 def test_a_declared_value_that_no_site_sends_is_refused(field: str, value: Any) -> None:
@@ -97,3 +101,35 @@ def test_a_block_holds_scalars_and_empty_headers() -> None:
     tensors, header = unpack(pack({"step": np.array(3.0, np.float32)}, {}))
     assert tensors["step"].shape == ()
     assert header == {}
+
+
+PRIVATE = Declared(steps=3, version="0.1.0", units=40, epsilon=1.5, ledger="7:" + "a" * 64)
+
+
+def test_what_follows_from_constants_and_the_ledger_is_private_and_comes_back() -> None:
+    update = dataclasses.replace(UPDATE, declared=PRIVATE)
+    assert Update.from_bytes(update.to_bytes()).declared == PRIVATE
+    assert PRIVATE.private
+    assert set(PRIVATE.lacking) == vars(DECLARED).keys() - {"steps", "version", "units", "epsilon", "ledger"}
+
+
+@pytest.mark.parametrize("field", PRIVATE.lacking)
+def test_one_measured_figure_is_enough_to_be_no_longer_private(field: str) -> None:
+    assert not dataclasses.replace(PRIVATE, **{field: 0}).private
+    assert dataclasses.replace(DECLARED, **{field: None}).lacking == [field]
+
+
+@pytest.mark.parametrize(
+    ("privacy", "withheld"),
+    [
+        ({"unit": "none"}, False),
+        ({"unit": "patient", "epsilon": 1.0, "delta": 1e-5}, True),
+        ({"unit": "image", "epsilon": 1.0, "delta": 1e-5}, True),
+        ({"unit": "site", "epsilon": 1.0, "delta": 1e-5, "clip": 1.0, "cohort": 3, "noise": "site"}, True),
+        ({"unit": "site", "epsilon": 1.0, "delta": 1e-5, "clip": 1.0, "cohort": 3, "noise": "server"}, False),
+    ],
+)
+def test_measured_figures_are_withheld_from_whom_the_noise_protects_against(
+    privacy: dict[str, Any], withheld: bool
+) -> None:
+    assert withholds(tiny(privacy=privacy, aggregation={"weights": "uniform"}).privacy) is withheld

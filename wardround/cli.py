@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from wardround import __version__
 from wardround.errors import WardroundError
@@ -19,6 +21,19 @@ cli = typer.Typer(
 )
 site_cli = typer.Typer(help="Commands of a hospital site.", no_args_is_help=True)
 cli.add_typer(site_cli, name="site")
+
+
+class ShowByDefault(TyperGroup):
+    """`wardround site ledger SITE.toml` is short for `wardround site ledger show SITE.toml`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Name the command where only a file is named."""
+        named = not args or args[0] in self.commands or args[0].startswith("-")
+        return super().parse_args(ctx, args if named else ["show", *args])
+
+
+ledger_cli = typer.Typer(help="The site's privacy ledger.", no_args_is_help=True, cls=ShowByDefault)
+site_cli.add_typer(ledger_cli, name="ledger")
 
 Config = Annotated[Path, typer.Argument(help="A federation's file, such as federation_configs/smoke.toml.")]
 Data = Annotated[Path, typer.Option(help="A labelled folder (labels.csv), or a folder with one folder a site.")]
@@ -45,18 +60,25 @@ def root(
 
 @cli.command()
 def check(
-    config: Config, digest: Annotated[bool, typer.Option("--digest", help="Print the protocol digest alone.")] = False
+    config: Config,
+    digest: Annotated[bool, typer.Option("--digest", help="Print the protocol digest alone.")] = False,
+    curve: Annotated[Path | None, typer.Option(help="Draw epsilon over rounds here, as PNG.")] = None,
 ) -> None:
-    """Say what a config resolves to: protocol digest, sizes, bytes a round, memory and time."""
+    """Say what a config resolves to: protocol digest, sizes, bytes a round, memory, time, and privacy spent."""
     from wardround.config import FederationConfig, read_toml
-    from wardround.plan import cost, resolve
-    from wardround.report.tables import plan_table
+    from wardround.plan import budgets, cost, resolve
+    from wardround.report.curves import draw_epsilon
+    from wardround.report.tables import budget_table, plan_table
 
     plan = resolve(read_toml(config, FederationConfig))
     if digest:
         typer.echo(plan.digest)
-    else:
-        Console().print(plan_table(plan, cost(plan)))
+        return
+    Console().print(plan_table(plan, cost(plan)))
+    if spent := budgets(plan.config):
+        Console().print(budget_table(plan.config, spent))
+        if curve is not None:
+            draw_epsilon({site: budget.curve for site, budget in spent.items()}, curve, plan.config.name)
 
 
 @cli.command()
@@ -196,6 +218,33 @@ def site_run(site: SiteFile) -> None:
     from wardround.client.supernode import run_site
 
     run_site(site)
+
+
+@ledger_cli.command("show")
+def ledger_show(site: SiteFile) -> None:
+    """Print the privacy ledger, check its chain, and say what is spent and how many rounds are left.
+
+    `wardround site ledger SITE.toml` does the same.
+    """
+    from wardround.client.charge import ledger_of
+    from wardround.config import read_site
+    from wardround.report.ledger import ledger_lines, ledger_table
+
+    own = read_site(site)
+    ledger = ledger_of(own)
+    rows = ledger.rows()
+    Console().print(ledger_table(rows))
+    typer.echo("\n".join(ledger_lines(rows, ledger.gaps(), own)))
+
+
+@ledger_cli.command("recover")
+def ledger_recover(site: SiteFile) -> None:
+    """Charge what the ledger lacks after it was restored from a copy or deleted; rounds then go on."""
+    from wardround.client.charge import recover
+    from wardround.config import read_site
+    from wardround.report.ledger import recovered_lines
+
+    typer.echo("\n".join(recovered_lines(recover(read_site(site)))))
 
 
 def default_tracking() -> str:

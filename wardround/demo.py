@@ -11,7 +11,7 @@ from wardround.config import FederationConfig, read_toml
 from wardround.data import positioning_set, write_hospitals
 from wardround.downstream.evaluate import Evaluation, compare
 from wardround.registry.mlflow_store import Store
-from wardround.report.tables import index_table, left_out_lines, rounds_table, table
+from wardround.report.tables import index_table, left_out_lines, rounds_table, table, told
 from wardround.server.run_folder import RunFolder
 from wardround.simulate import index_sites, simulate
 
@@ -74,7 +74,7 @@ def summary(run: RunFolder, evaluation: Evaluation, seconds: float) -> object:
     rows = {
         "rounds": str(len(records)),
         "sites": ", ".join(sorted(sites)),
-        "images": f"{sum(site['images'] for site in sites.values()):,}",
+        "images": told((site["images"] for site in sites.values()), sum, ","),
         "seconds": f"{seconds:.0f} in all, {sum(record['seconds'] for record in records):.0f} in rounds",
         "bytes sent": f"{sum(record['bytes_sent'] for record in records):,}",
         "bytes received": f"{sum(record['bytes_received'] for record in records):,}",

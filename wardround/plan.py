@@ -13,10 +13,15 @@ from wardround import ssl as methods
 from wardround.backbones import batch_normalised, load_into
 from wardround.config import FederationConfig, Protocol
 from wardround.config.federation import Recipe
+from wardround.config.privacy import SitePrivacyConfig, UnitPrivacyConfig
 from wardround.errors import ConfigError
+from wardround.privacy import site_level
+from wardround.privacy.accounting import Mechanism, curve, mechanism
+from wardround.privacy.engine import Private, clipper, refuse_coupled
 from wardround.registry.source import release_folder
+from wardround.ssl.devices import Machine, open_fabric
 from wardround.ssl.engine import Plain
-from wardround.ssl.pretrain import pretrain
+from wardround.ssl.pretrain import Engine, pretrain
 from wardround.update import Layout, State, state_hash
 
 
@@ -46,6 +51,32 @@ class Cost:
     coupling: str | None  # why an image's loss depends on other images, or None
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What differential privacy means at one site, by its declared number of units."""
+
+    units: int
+    rate: float  # chance of a unit to be drawn in a step; 1 where the site is the unit
+    noise: float  # over the clipping norm
+    curve: list[tuple[int, float]]  # (round, epsilon after it), the last round among them
+
+
+def budgets(config: FederationConfig) -> dict[str, Budget]:
+    """Return each site's budget; of a site unit, one for the federation; none without differential privacy."""
+    privacy, rounds = config.privacy, config.training.rounds
+    if isinstance(privacy, SitePrivacyConfig):
+        shown = sorted({-(-rounds * part // 20) for part in range(1, 21)})
+        points = [(done, site_level.spent(privacy, rounds, done)) for done in shown]
+        return {"every site": Budget(1, 1.0, site_level.noise(privacy, rounds).delta, points)}
+    if not isinstance(privacy, UnitPrivacyConfig):
+        return {}
+    found = {}
+    for site, units in sorted(config.membership.units.items()):
+        spent = mechanism(config, units)
+        found[site] = Budget(units, spent.rate, spent.noise, curve(spent, rounds, privacy.delta, points=20))
+    return found
+
+
 def resolve(config: FederationConfig) -> Plan:
     """Return the plan of a config.
 
@@ -61,6 +92,7 @@ def resolve(config: FederationConfig) -> Plan:
             "name an [evaluation_set], or take norm = 'group'."
         )
     _check_resolutions(method)
+    _check_privacy(method, config)
     state = methods.get_state(method)
     if config.initial_weights is not None:
         with release_folder(config.initial_weights) as folder:
@@ -87,6 +119,32 @@ def _check_resolutions(method: methods.Method) -> None:
     method.view_size = recipe.data.image_size
 
 
+def _check_privacy(method: methods.Method, config: FederationConfig) -> None:
+    """Raise ConfigError unless the promise holds for this method and backbone, and can be kept in these rounds."""
+    privacy = config.privacy
+    if isinstance(privacy, SitePrivacyConfig):
+        site_level.noise(privacy, config.training.rounds)
+    if isinstance(privacy, UnitPrivacyConfig):
+        clipper(method, config)
+        if not config.membership.units:
+            raise ConfigError(
+                f"[membership] units: the noise follows from each site's declared number of {privacy.unit}s; add "
+                "SITE = NUMBER for each, round numbers below the true ones."
+            )
+        for units in set(config.membership.units.values()):
+            mechanism(config, units)
+
+
+def refuse_unsound(recipe: Recipe) -> None:
+    """Raise ConfigError where clipping a unit's gradient would not bound what the unit changes.
+
+    By the method's types and settings alone, in no time; `resolve` and the engine watch it compute, too.
+    """
+    if isinstance(recipe.privacy, UnitPrivacyConfig):
+        with torch.device("meta"):
+            refuse_coupled(methods.build(recipe), recipe.privacy.unit)
+
+
 def architecture(recipe: Recipe) -> Layout:
     """Return names, shapes and dtypes of the state that a recipe leads to."""
     with torch.device("meta"):  # shapes alone: no memory and no time for weights
@@ -104,8 +162,13 @@ def cost(plan: Plan, steps: int = 3) -> Cost:
     recipe = plan.config.model_copy(update={"training": plan.config.training.model_copy(update={"resolutions": ()})})
     method = methods.build(recipe)
     noise = np.random.default_rng(0).integers(0, 256, (recipe.training.batch_size, *recipe.data.shape))
-    engine = Plain(method, noise.astype(np.uint8), recipe, "check")
-    kept = _kept_by_forward(method, engine)
+    images = noise.astype(np.uint8)
+    engine: Engine = Plain(method, images, recipe, "check")
+    kept = _kept_by_forward(method, engine.batch(0))
+    if isinstance(recipe.privacy, UnitPrivacyConfig):
+        everyone = Mechanism(rate=1.0, noise=1.0, steps=1)  # as many units as are expected of a step
+        fabric = open_fabric(Machine(), recipe.training.precision)
+        engine = Private(method, images, np.arange(len(images), dtype=np.int32), recipe, everyone, fabric)
     pretrain(method, engine, recipe.training, 0, 1, {}, "check")
     started = time.perf_counter()
     pretrain(method, engine, recipe.training, 0, steps, {}, "check")
@@ -117,7 +180,7 @@ def cost(plan: Plan, steps: int = 3) -> Cost:
     return Cost(sizes["backbone"], sizes["head"], state_bytes, memory, seconds, method.coupling)
 
 
-def _kept_by_forward(method: methods.Method, engine: Plain) -> int:
+def _kept_by_forward(method: methods.Method, inputs: tuple[torch.Tensor, ...]) -> int:
     """Return the bytes that one forward pass keeps for the backward pass."""
     storages: dict[int, int] = {}
 
@@ -126,5 +189,5 @@ def _kept_by_forward(method: methods.Method, engine: Plain) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        method(*engine.batch(0))
+        method(*inputs)
     return sum(storages.values())

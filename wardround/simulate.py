@@ -14,6 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from wardround.client.app import app as client_app
 from wardround.config import FederationConfig, read_site
+from wardround.config.privacy import UnitPrivacyConfig
 from wardround.data import SiteImages, labelled_sites, open_site
 from wardround.errors import ConfigError, DataError
 from wardround.plan import Plan, resolve
@@ -59,10 +60,10 @@ def _write_sites(config: FederationConfig, plan: Plan, data: Path, out: Path, th
     """Return the `site.toml` of each site that takes part."""
     sites = choose_sites(config, data)
     check_owner(out, plan)
-    return {site: _write_site(out / "sites" / site, site, data, plan.digest, threads) for site in sites}
+    return {site: _write_site(out / "sites" / site, site, data, plan, threads) for site in sites}
 
 
-def _write_site(folder: Path, site: str, data: Path, digest: str, threads: int) -> Path:
+def _write_site(folder: Path, site: str, data: Path, plan: Plan, threads: int) -> Path:
     """Write the `site.toml` of a site of this process, which approves just this protocol."""
     text = json.dumps  # a JSON string is a TOML string
     images = f"folder = {text(str((data if _labelled(data) else data / site).resolve()))}\n"
@@ -70,11 +71,25 @@ def _write_site(folder: Path, site: str, data: Path, digest: str, threads: int) 
         images += f'kind = "labelled"\nsite = {text(site)}\n'
     path = folder / "site.toml"
     content = (
-        f"format = 1\nname = {text(site)}\nwork = {text(str(folder.resolve()))}\napproved = [{text(digest)}]\n"
-        f"threads = {threads}\n\n[images]\n{images}"
+        f"format = 1\nname = {text(site)}\nwork = {text(str(folder.resolve()))}\napproved = [{text(plan.digest)}]\n"
+        f"threads = {threads}\n\n[images]\n{images}{_terms(plan.config, site)}"
     )
     write_file(path, content.encode())
     return path
+
+
+def _terms(config: FederationConfig, site: str) -> str:
+    """Return the [privacy] section of a site of this process: its declared units, and room for rounds trained twice."""
+    privacy = config.privacy
+    if not isinstance(privacy, UnitPrivacyConfig):
+        return ""
+    if site not in config.membership.units:
+        raise ConfigError(
+            f"[membership] units: no declared number of {privacy.unit}s for '{site}'; add one, a round number below "
+            "the true one."
+        )
+    units = config.membership.units[site]
+    return f"\n[privacy]\nepsilon = {2 * privacy.epsilon}\ndelta = {privacy.delta}\nunits = {units}\n"
 
 
 def _labelled(data: Path) -> bool:

@@ -8,6 +8,7 @@ what the site journals, what is signed, what the server spools and what crosses:
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from wardround.config.privacy import PrivacyConfig, SitePrivacyConfig, UnitPrivacyConfig
 from wardround.errors import UpdateError
 
 Array = NDArray[Any]
@@ -28,6 +30,7 @@ Layout = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype)
 _META = "wardround"  # the one metadata key: safetensors writes several in no fixed order
 
 
+_HEAD = re.compile(r"[0-9]{1,9}:[0-9a-f]{64}")
 _KINDS: dict[Any, str] = {int: "a whole number from 0", float: "a finite number from 0", str: "a short text"}
 
 
@@ -35,8 +38,8 @@ _KINDS: dict[Any, str] = {int: "a whole number from 0", float: "a finite number 
 class Declared:
     """The fields that may leave a site beside its delta. What is not listed here cannot cross.
 
-    Where patients or images are the privacy unit, what was measured on them is None: it would leave
-    without noise. What then stands here follows from declared constants and the ledger alone.
+    Where `withholds` says so, what was measured on images is None: it would leave without noise. What
+    then stands here follows from declared constants and the ledger alone.
     """
 
     steps: int  # local steps taken
@@ -67,12 +70,33 @@ class Declared:
             is_text = isinstance(value, str) and len(value) <= 100
             if not (is_text if kind is str else _is_measure(value, kind, least)):
                 raise UpdateError(f"declared field '{field.name}' is {str(value)[:40]!r}, expected {expected}.")
+        if self.ledger is not None and not _HEAD.fullmatch(self.ledger):
+            raise UpdateError(f"declared field 'ledger' is {self.ledger[:40]!r}, expected LENGTH:HASH.")
 
     @property
     def private(self) -> bool:
         """Whether nothing here was measured on images: what a patient- or image-level guarantee asks for."""
-        released = {"steps", "version", "units", "epsilon", "ledger"}
-        return all(getattr(self, field.name) is None for field in fields(self) if field.name not in released)
+        return all(getattr(self, name) is None for name in MEASURED)
+
+    @property
+    def lacking(self) -> list[str]:
+        """The measured fields that are None, by name: none where nothing is withheld."""
+        return [name for name in MEASURED if getattr(self, name) is None]
+
+
+_CONSTANT = {"steps", "version", "units", "epsilon", "ledger"}
+MEASURED = [field.name for field in fields(Declared) if field.name not in _CONSTANT]
+
+
+def withholds(privacy: PrivacyConfig) -> bool:
+    """Return whether sites may declare nothing that was measured on images.
+
+    So where the unit is a patient or an image, and where a site puts the noise on its own update: then
+    the server is among those it is private against. With a site unit and noise at the server, the
+    server is trusted with what is measured, which stays in its run folder.
+    """
+    at_site = isinstance(privacy, SitePrivacyConfig) and privacy.noise == "site"
+    return at_site or isinstance(privacy, UnitPrivacyConfig)
 
 
 @dataclass(frozen=True)
@@ -179,5 +203,5 @@ class Task:
 class Refusal:
     """A site's answer where there is no update: a word for the record and one line for a person."""
 
-    code: str  # policy, images, training, failed, silent, invalid
+    code: str  # policy, budget, images, training, failed, silent, invalid
     text: str  # no path, patient id or tag value

@@ -8,11 +8,13 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from wardround.client import policy
+from wardround.client.charge import charge
 from wardround.client.journal import Journal
 from wardround.client.local_round import local_round
 from wardround.config import SiteConfig, read_site
+from wardround.config.privacy import UnitPrivacyConfig
 from wardround.data import open_site
-from wardround.errors import DataError, PolicyRefusal, UpdateError, WardroundError
+from wardround.errors import BudgetExhausted, DataError, PolicyRefusal, UpdateError, WardroundError
 from wardround.ssl.devices import Machine
 from wardround.update import Refusal, Task, state_hash
 from wardround.wire import answer_to_records, records_to_task
@@ -21,7 +23,12 @@ log = logging.getLogger(__name__)
 app = ClientApp()
 
 # An error's kind decides whether its text may cross: those of images and configs name files of the site.
-CODES: dict[type[Exception], str] = {PolicyRefusal: "policy", UpdateError: "training", DataError: "images"}
+CODES: dict[type[Exception], str] = {
+    PolicyRefusal: "policy",
+    BudgetExhausted: "budget",
+    UpdateError: "training",
+    DataError: "images",
+}
 
 
 @app.train()
@@ -33,6 +40,9 @@ def train(message: Message, context: Context) -> Message:
     except (PolicyRefusal, UpdateError) as error:
         log.warning("site '%s' refuses: %s", site.name, error)
         answer = Refusal(CODES[type(error)], str(error))
+    except BudgetExhausted as error:  # its text tells what other federations spend here
+        log.warning("site '%s' refuses: %s", site.name, error)
+        answer = Refusal(CODES[BudgetExhausted], "the site's privacy budget does not cover this round")
     except Exception as error:  # whatever it says may name a file or a patient
         log.warning("site '%s' failed: %s", site.name, error, exc_info=not isinstance(error, WardroundError))
         answer = Refusal(CODES.get(type(error), "failed"), "the reason stands in the site's own log")
@@ -47,13 +57,16 @@ def run_task(site: SiteConfig, task: Task) -> bytes:
     done = journal.replay(task.round, state_hash(state))
     if done is not None:
         return done
+    if protocol.privacy.unit == "site" and journal.released(task.round):
+        raise PolicyRefusal(f"round {task.round} was released from another state already, and its noise pays for once.")
     images = open_site(site, protocol.data)
     memory = journal.memory(task.last_folded)
     if memory is None:
         log.warning("site '%s': the site memory of round %d is lost; it starts anew", site.name, task.last_folded)
         memory = {}
-    journal.begin(task.round)
-    update, memory = local_round(protocol, site.name, task.round, state, memory, images, machine(site))
+    with journal.training(task.round):
+        charged = charge(site, protocol, task) if isinstance(protocol.privacy, UnitPrivacyConfig) else None
+    update, memory = local_round(protocol, site.name, task.round, state, memory, images, machine(site), charged)
     block = update.to_bytes()
     journal.finish(task.round, block, memory)
     return block

@@ -8,9 +8,11 @@ memory of the round that the server names.
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from wardround.errors import PolicyRefusal, UpdateError
+from wardround.errors import PolicyRefusal, UpdateError, WardroundError
 from wardround.registry.durable import write_file
 from wardround.update import State, Update, pack, unpack
 
@@ -43,8 +45,17 @@ class Journal:
         except UpdateError:  # damaged on this disk: train the round again, which is counted
             return None
 
-    def begin(self, round: int) -> None:
-        """Count a training of a round, on disk, before it starts. Raises PolicyRefusal past the limit."""
+    def released(self, round: int) -> bool:
+        """Return whether a round has a finished update, from whatever state."""
+        return round in self._finished()
+
+    @contextmanager
+    def training(self, round: int) -> Iterator[None]:
+        """Count a training of a round, on disk, before what is inside; take it back where that refuses.
+
+        Raises PolicyRefusal past the limit. It is counted before privacy is charged, so that a crash in
+        between cannot be used to charge the same round for ever.
+        """
         path = self._round(round) / "trainings.json"
         begun = json.loads(path.read_bytes()) if path.exists() else 0
         if begun >= self.max_trainings:
@@ -53,6 +64,11 @@ class Journal:
                 f"{self.max_trainings}."
             )
         write_file(path, json.dumps(begun + 1).encode())
+        try:
+            yield
+        except WardroundError:
+            write_file(path, json.dumps(begun).encode())
+            raise
 
     def finish(self, round: int, update: bytes, memory: State) -> None:
         """Keep a round's update and the site memory after it; the update's name on disk means done."""

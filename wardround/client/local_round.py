@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from mmap import mmap
 from typing import TYPE_CHECKING
@@ -12,15 +12,20 @@ from numpy.typing import NDArray
 
 from wardround import __version__
 from wardround import ssl as methods
+from wardround.client.charge import Charged
 from wardround.config import Protocol
 from wardround.config.federation import TrainingConfig
+from wardround.config.privacy import SitePrivacyConfig, UnitPrivacyConfig
 from wardround.data import SiteImages
 from wardround.errors import ConfigError
+from wardround.privacy.accounting import Mechanism
+from wardround.privacy.engine import Private
+from wardround.privacy.site_level import privatise
 from wardround.probe.monitor import Monitor, watch
 from wardround.ssl.devices import Machine, launch
 from wardround.ssl.engine import Plain
-from wardround.ssl.pretrain import pretrain
-from wardround.update import Declared, State, Update, state_hash
+from wardround.ssl.pretrain import Engine, pretrain
+from wardround.update import Declared, State, Update, state_hash, withholds
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -39,6 +44,8 @@ class Job:
     memory: State
     images: Callable[[], NDArray[np.uint8]]  # [N, C, S, S]
     machine: Machine
+    units: NDArray[np.int32]  # [N], which privacy unit each image belongs to
+    mechanism: Mechanism | None  # of DP-SGD, where the protocol asks for it
 
 
 @dataclass(frozen=True)
@@ -48,34 +55,56 @@ class Done:
     state: State
     memory: State
     losses: list[float]
-    monitor: Monitor
+    monitor: Monitor | None  # None where it would be withheld
 
 
 def local_round(
-    protocol: Protocol, site: str, round: int, state: State, memory: State, images: SiteImages, machine: Machine
+    protocol: Protocol,
+    site: str,
+    round: int,
+    state: State,
+    memory: State,
+    images: SiteImages,
+    machine: Machine,
+    charged: Charged | None = None,
 ) -> tuple[Update, State]:
     """Return the site's update and its site memory after the round.
 
-    The same arguments give the same bits, `seconds` aside, on the same kind of CPU with as many threads.
-    Raises ConfigError where this machine's settings would change the gradient.
+    Without differential privacy the same arguments give the same bits, `seconds` aside, on the same kind
+    of CPU with as many threads. `charged` is what the ledger was charged for this training. Raises
+    ConfigError where this machine's settings would change the gradient.
     """
     started = time.monotonic()
-    _refuse_cut_statistics(protocol, machine)
-    job = Job(protocol, site, round, state, memory, source(images.images), machine)
+    _refuse_unfit(protocol, machine)
+    units = np.arange(images.num_images, dtype=np.int32) if protocol.privacy.unit == "image" else images.patients
+    mechanism = charged.mechanism if charged else None
+    assert (mechanism is not None) == isinstance(protocol.privacy, UnitPrivacyConfig), "trained without a charge"
+    job = Job(protocol, site, round, state, memory, source(images.images), machine, units, mechanism)
     done = launch(train, machine, protocol.training.precision, job)
+    delta = {name: done.state[name] - old for name, old in state.items()}
+    if isinstance(protocol.privacy, SitePrivacyConfig) and protocol.privacy.noise == "site":
+        delta = privatise(delta, protocol.privacy, protocol.training.rounds)
+    declared = declare(protocol, done, images, time.monotonic() - started, charged)
+    return Update(site, protocol.digest(), round, state_hash(state), declared, delta), done.memory
+
+
+def declare(protocol: Protocol, done: Done, images: SiteImages, seconds: float, charged: Charged | None) -> Declared:
+    """Return what may leave beside the delta: where privacy withholds what is measured, constants alone."""
+    known = Declared(steps=protocol.training.local_steps, version=__version__)
+    if charged is not None:
+        return replace(known, units=charged.units, epsilon=charged.epsilon, ledger=charged.ledger)
+    if done.monitor is None:
+        return known
     tenth = max(1, len(done.losses) // 10)
-    declared = Declared(
+    return replace(
+        known,
         images=images.num_images,
         patients=images.num_patients,
-        steps=protocol.training.local_steps,
         loss_first=float(np.mean(done.losses[:tenth])),
         loss=float(np.mean(done.losses[-tenth:])),
-        seconds=time.monotonic() - started,
-        version=__version__,
+        seconds=seconds,
         **vars(done.monitor),
     )
-    delta = {name: done.state[name] - old for name, old in state.items()}
-    return Update(site, protocol.digest(), round, state_hash(state), declared, delta), done.memory
 
 
 def train(fabric: "Fabric", job: Job) -> Done:
@@ -89,23 +118,31 @@ def train(fabric: "Fabric", job: Job) -> Done:
     if job.machine.checkpointing:
         method.backbone.checkpoint_activations()
     method.to(fabric.device)
-    engine = Plain(method, images, protocol, job.site, fabric, job.machine.micro_batch)
+    engine: Engine = Plain(method, images, protocol, job.site, fabric, job.machine.micro_batch)
+    if job.mechanism is not None:
+        engine = Private(method, images, job.units, protocol, job.mechanism, fabric, job.machine.micro_batch)
     first = (job.round - 1) * training.local_steps
     label = f"site '{job.site}', round {job.round}"
     trained = pretrain(method, engine, training, first, training.local_steps, moments, label)
     memory = join(trained.moments, methods.get_site_tensors(method), training)
-    monitor = watch(method.backbone, images, protocol, job.site, engine.micro_batch)
+    unseen = withholds(protocol.privacy)
+    monitor = None if unseen else watch(method.backbone, images, protocol, job.site, engine.micro_batch)
     return Done(methods.get_state(method), memory, trained.losses, monitor)
 
 
-def _refuse_cut_statistics(protocol: Protocol, machine: Machine) -> None:
-    """Raise ConfigError where batch statistics would not be the batch's: in parts of it, or counted twice."""
+def _refuse_unfit(protocol: Protocol, machine: Machine) -> None:
+    """Raise ConfigError where this machine's settings would change the gradient, or the clipping of it."""
     cut = machine.devices > 1 or 0 < machine.micro_batch < protocol.training.batch_size or machine.checkpointing
     if cut and protocol.backbone.norm == "batch":
         raise ConfigError(
             "site.toml: the federation's [backbone] norm = 'batch' needs its "
             f"{protocol.training.batch_size} images at once, once, on one device; remove devices, micro_batch and "
             "checkpointing."
+        )
+    if machine.checkpointing and isinstance(protocol.privacy, UnitPrivacyConfig):
+        raise ConfigError(
+            "site.toml: with differential privacy activations are not computed twice; remove checkpointing, and set "
+            "micro_batch where memory is short."
         )
 
 

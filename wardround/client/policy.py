@@ -6,7 +6,7 @@ import numpy as np
 
 from wardround.config import Protocol, SiteConfig, parse
 from wardround.errors import ConfigError, PolicyRefusal, UpdateError
-from wardround.plan import architecture
+from wardround.plan import architecture, refuse_unsound
 from wardround.update import State, Task, check_tensors, state_hash, unpack
 
 
@@ -26,6 +26,10 @@ def agreed_protocol(site: SiteConfig, task: Task) -> Protocol:
             f"protocol {digest[:12]} is not approved here (approved: {approved}). "
             "Read it with 'wardround check', then add its digest to `approved` in site.toml."
         )
+    try:
+        refuse_unsound(protocol)
+    except ConfigError as error:
+        raise PolicyRefusal(str(error)) from error
     if not 1 <= task.round <= protocol.training.rounds:
         raise PolicyRefusal(f"round {task.round}: the approved protocol has rounds 1 to {protocol.training.rounds}.")
     return protocol

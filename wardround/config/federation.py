@@ -225,11 +225,38 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _sites_as_units_are_all_alike(self) -> Self:
+        if self.privacy.unit != "site":
+            return self
+        if self.aggregation.weights != "uniform":
+            raise ValueError(
+                f"[privacy] unit = 'site' bounds what each site adds to one sum, but [aggregation] weights = "
+                f"'{self.aggregation.weights}'; set weights = 'uniform'"
+            )
+        if self.backbone.frozen_stages:
+            raise ValueError(
+                f"[privacy] unit = 'site' adds noise to the whole state, so to the {self.backbone.frozen_stages} "
+                "frozen_stages of [backbone] too; set frozen_stages = 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_view_is_larger_than_the_image(self) -> Self:
         for _, edge in self.training.resolutions:
             if not 8 <= edge <= self.data.image_size:
                 raise ValueError(f"resolutions: edge {edge}: expected 8 to [data] image_size, {self.data.image_size}")
         return self
+
+    def view_size(self, step: int) -> int:
+        """Return the edge of a step's views: that of the last resolution whose round has come, else the image's.
+
+        >>> training = TrainingConfig(rounds=4, local_steps=5, resolutions=((1, 32), (3, 64)))
+        >>> [Recipe(name="x", training=training).view_size(step) for step in (0, 9, 10)]
+        [32, 32, 64]
+        """
+        round = step // self.training.local_steps + 1
+        reached = [edge for first, edge in self.training.resolutions if first <= round]
+        return reached[-1] if reached else self.data.image_size
 
 
 class Protocol(Recipe):

@@ -5,6 +5,7 @@ the rules, or a rule that differs from autograd is refused here, whatever the ty
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from wardround.privacy.bookkeeping import refuse_shared, unit_terms, weigh
 from wardround.privacy.capture import Call, Capture
 from wardround.privacy.grouping import Grouping
 from wardround.privacy.method import Decomposing, trained
+
+ImageGradient = Callable[[int], dict[str, Tensor]]  # number of an image -> its gradient by parameter name
 
 _IMAGES = 3
 _NOISE = 0.02  # on the weights: layers that start at zero would hide what is behind them
@@ -28,9 +31,8 @@ def rows_of_calls(method: Decomposing, shape: tuple[int, ...]) -> list[int]:
     """
     if method.coupling is not None:
         raise ConfigError(f"[privacy]: {method.coupling}.")
-    probe = _probe(method)
-    draw = torch.Generator().manual_seed(0)
-    first, second = (_prepared(probe, torch.rand(_IMAGES, *shape, generator=draw)) for _ in range(2))
+    probe = noisy_copy(method)
+    first, second = (prepared(probe, shape, seed) for seed in range(2))
     calls, losses = _traced(probe, first)
     touched = [torch.zeros(_IMAGES, len(_both(call)[-1]), dtype=torch.bool) for call in calls]
     for image in range(_IMAGES):
@@ -43,11 +45,14 @@ def rows_of_calls(method: Decomposing, shape: tuple[int, ...]) -> list[int]:
             for old, new in zip(_both(before), _both(after), strict=True):
                 marks[image] |= _differ(old, new, marks.shape[1])
     inner = [_inner(marks, _name(call, probe)) for marks, call in zip(touched, calls, strict=True)]
-    _compare(probe, first, inner)
+    group = Grouping(torch.arange(_IMAGES), _IMAGES)
+    _, found = unit_terms(probe, tuple(first), group, inner)
+    alone = torch.eye(_IMAGES, dtype=torch.float64)
+    refuse_inexact(probe, first, lambda image: weigh(probe, found, alone[image]), "bookkeeping")
     return inner
 
 
-def _probe(method: Decomposing) -> Decomposing:
+def noisy_copy(method: Decomposing) -> Decomposing:
     """Return a float64 copy on the CPU whose weights are none of them zero."""
     probe = copy.deepcopy(method).double().cpu()  # type: ignore[attr-defined]  # a module
     with torch.no_grad():
@@ -57,7 +62,9 @@ def _probe(method: Decomposing) -> Decomposing:
     return probe  # type: ignore[no-any-return]
 
 
-def _prepared(probe: Decomposing, images: Tensor) -> list[Tensor]:
+def prepared(probe: Decomposing, shape: tuple[int, ...], seed: int) -> list[Tensor]:
+    """Return the inputs that a method makes of images of noise; what it draws is the same for every seed."""
+    images = torch.rand(_IMAGES, *shape, generator=torch.Generator().manual_seed(seed))
     inputs = probe.prepare(images, torch.Generator().manual_seed(2))
     return [x.double() if x.is_floating_point() else x for x in inputs]
 
@@ -111,19 +118,20 @@ def _inner(marks: Tensor, name: str) -> int:
     )
 
 
-def _compare(probe: Decomposing, inputs: list[Tensor], inner: list[int]) -> None:
-    """Raise ConfigError unless the unclipped sum of all images is autograd's gradient."""
-    group = Grouping(torch.arange(_IMAGES), _IMAGES)
-    _, found = unit_terms(probe, tuple(inputs), group, inner)
-    sums = weigh(probe, found, torch.ones(_IMAGES, dtype=torch.float64))
-    torch.autograd.backward(probe(*inputs).sum())
-    for name, parameter in trained(probe).items():
-        plain = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        if not torch.allclose(sums[name], plain, rtol=1e-5, atol=1e-7 * float(plain.abs().max()) + 1e-12):
-            raise ConfigError(
-                f"[privacy] engine = 'bookkeeping': the gradient of '{name}' is not exact. Take engine = 'opacus', "
-                "which is slower, or another backbone."
-            )
+def refuse_inexact(probe: Decomposing, inputs: list[Tensor], image_gradient: ImageGradient, engine: str) -> None:
+    """Raise ConfigError unless an engine's gradient of each image is that of autograd on the image alone."""
+    parameters = trained(probe)
+    for image in range(_IMAGES):
+        found = image_gradient(image)
+        loss = probe(*(x[image : image + 1] for x in inputs)).sum()
+        plain = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        for (name, _), expected in zip(parameters.items(), plain, strict=True):
+            least = 1e-7 * float(expected.abs().max()) + 1e-12
+            if not torch.allclose(found[name], expected, rtol=1e-5, atol=least):
+                raise ConfigError(
+                    f"[privacy] engine = '{engine}': the gradient of '{name}' for one image is not exact. Take "
+                    "another engine, backbone or method."
+                )
 
 
 def _name(call: Call, probe: Decomposing) -> str:

@@ -1,14 +1,30 @@
 """The tables that commands print."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from wardround.config import FederationConfig
+from wardround.config.privacy import NoPrivacyConfig
 from wardround.data import SiteImages
-from wardround.plan import Cost, Plan
+from wardround.plan import Budget, Cost, Plan
+from wardround.privacy.accounting import upward
+from wardround.privacy.statement import statement
 from wardround.registry.mlflow_store import ModelRow
+
+WITHHELD = "withheld"  # what stands for a figure that a privacy unit keeps at the sites
+
+
+def told(figures: Iterable[Any], together: Callable[[list[Any]], float], form: str) -> str:
+    """Return the sites' figures put together, as text, or the word for what a site withholds.
+
+    >>> told([1300, 4], sum, ","), told([1300, None], sum, ",")
+    ('1,304', 'withheld')
+    """
+    known = list(figures)
+    return WITHHELD if None in known else f"{together(known):{form}}"
 
 
 def table(title: str, *columns: str) -> Table:
@@ -36,12 +52,26 @@ def plan_table(plan: Plan, cost: Cost) -> Table:
         "memory at a site": f"about {cost.memory_bytes / 2**20:,.0f} MiB beside Python and its libraries",
         "time at a site": f"about {span} of steps in all on this machine ({cost.seconds_per_step:.2f} s a step)",
         "sites": ", ".join(sorted(config.membership.sites)) or "whoever is in the data or connects",
-        "differential privacy": "none: the coordinator may be able to reconstruct images",
+        "differential privacy": statement(config.privacy, training.rounds),
     }
     made = table(f"{config.name}", "what", "value")
     made.columns[1].justify, made.columns[1].overflow = "left", "fold"  # a digest is to be copied whole
     for name, value in rows.items():
         made.add_row(name, escape(value))  # a section's name in brackets is no markup
+    return made
+
+
+def budget_table(config: FederationConfig, sites: Mapping[str, Budget]) -> Table:
+    """Return what each site draws, adds and spends: epsilon after some of the rounds, at the config's delta."""
+    privacy = config.privacy
+    assert not isinstance(privacy, NoPrivacyConfig)
+    marks = sorted({-(-config.training.rounds * part // 4) for part in (1, 2, 3, 4)} | {1})
+    title = f"Epsilon at delta = {privacy.delta:g}, add/remove one {privacy.unit}, each round trained once"
+    made = table(title, "site", "units", "drawn a step", "noise / C", *(f"round {mark}" for mark in marks))
+    for site, budget in sites.items():
+        after = [next(spent for done, spent in budget.curve if done >= mark) for mark in marks]
+        figures = (f"{budget.units:,}", f"{budget.rate:.4g}", f"{budget.noise:.4g}")
+        made.add_row(site, *figures, *(upward(spent) for spent in after))
     return made
 
 
@@ -71,16 +101,24 @@ def left_out_lines(sites: Mapping[str, SiteImages], most: int = 5) -> list[str]:
 
 
 def rounds_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Return each committed round's loss, effective rank (the lowest of the sites), sites, time and bytes."""
-    made = table("Rounds", "round", "loss", "rank", "sites", "images", "seconds", "MB received")
+    """Return each committed round's loss, effective rank (the lowest of the sites), sites, time and bytes.
+
+    Where sites withhold figures, the table says so; where they spend privacy, it has the largest epsilon.
+    """
+    private = any(site["epsilon"] is not None for record in records for site in record["sites"].values())
+    figures = ("epsilon",) if private else ("loss", "rank", "images")
+    made = table("Rounds", "round", *figures, "sites", "seconds", "MB received")
     for number, record in enumerate(records, start=1):
         sites = record["sites"].values()
-        loss = sum(site["weight"] * site["loss"] for site in sites)
-        images = sum(site["images"] for site in sites)
-        megabytes = record["bytes_received"] / 1e6
-        rank = min(site["effective_rank"] for site in sites)
-        figures = (f"{loss:.4f}", f"{rank:.1f}", str(len(sites)), f"{images:,}")
-        made.add_row(str(number), *figures, f"{record['seconds']:.1f}", f"{megabytes:.1f}")
+        shares = (None if site["loss"] is None else site["weight"] * site["loss"] for site in sites)
+        shown = {
+            "epsilon": told((site["epsilon"] for site in sites), max, ".3f"),
+            "loss": told(shares, sum, ".4f"),
+            "rank": told((site["effective_rank"] for site in sites), min, ".1f"),
+            "images": told((site["images"] for site in sites), sum, ","),
+        }
+        seconds, megabytes = f"{record['seconds']:.1f}", f"{record['bytes_received'] / 1e6:.1f}"
+        made.add_row(str(number), *(shown[name] for name in figures), str(len(sites)), seconds, megabytes)
     return made
 
 

@@ -27,10 +27,8 @@ def weighted_mean(read: Read, weights: Mapping[str, float], name: str) -> Array:
     return mean
 
 
-def fold(
-    state: State, velocity: State, read: Read, weights: Mapping[str, float], config: AggregationConfig
-) -> tuple[State, State]:
-    """Return the next state and the server optimiser's next velocity.
+def fold(state: State, velocity: State, mean: Callable[[str], Array], config: AggregationConfig) -> tuple[State, State]:
+    """Return the next state and the server optimiser's next velocity; `mean` gives one tensor's mean delta.
 
     The optimiser is SGD on the mean delta: v = momentum * v + mean; state += learning_rate * v.
     Rate 1 without momentum is FedAvg; with momentum, FedAvgM (Hsu et al. 2019, equation 2).
@@ -39,7 +37,7 @@ def fold(
     new_state: State = {}
     new_velocity: State = {}
     for name, old in state.items():
-        step = weighted_mean(read, weights, name)
+        step = mean(name)
         if config.momentum:
             step = step + config.momentum * velocity.get(name, np.zeros_like(old)).astype(np.float64)
             new_velocity[name] = step.astype(np.float32)

@@ -3,27 +3,47 @@
 from collections.abc import Mapping, Sequence
 
 from wardround.config import FederationConfig
+from wardround.config.privacy import SitePrivacyConfig, UnitPrivacyConfig
 from wardround.errors import ConfigError
+from wardround.privacy import site_level
 from wardround.update import Declared
 
 
-def choose(members: Sequence[str]) -> list[str]:
-    """Return the sites of a round, by name: all of them."""
+def choose(config: FederationConfig, members: Sequence[str]) -> list[str]:
+    """Return the sites of a round, by name: all of them.
+
+    Raises ConfigError where declared numbers do not carry the privacy that is promised; nothing is trained then.
+    """
+    privacy, units = config.privacy, config.membership.units
+    if isinstance(privacy, UnitPrivacyConfig) and (missing := sorted(set(members) - units.keys())):
+        raise ConfigError(
+            f"[membership] units: no declared number of {privacy.unit}s for '{missing[0]}'; add one, a round number "
+            "below the true one."
+        )
+    if isinstance(privacy, SitePrivacyConfig):
+        if len(members) > privacy.cohort:
+            raise ConfigError(f"[privacy] cohort = {privacy.cohort}: there are {len(members)} sites; declare them all.")
+        site_level.noise(privacy, config.training.rounds)
     return sorted(members)
 
 
-def enough(config: FederationConfig, cohort: Sequence[str]) -> int:
-    """Return how many updates close a round: `min_sites`, or the whole cohort where it is not set."""
-    return min(config.membership.min_sites or len(cohort), len(cohort))
+def enough(config: FederationConfig, cohort: Sequence[str], exhausted: int = 0) -> int:
+    """Return how many updates close a round: `min_sites`, or all of the cohort that has privacy budget left."""
+    return min(config.membership.min_sites or max(1, len(cohort) - exhausted), len(cohort))
 
 
 def weights(config: FederationConfig, declared: Mapping[str, Declared]) -> dict[str, float]:
-    """Return the weight of each folded site; they need not sum to 1."""
-    kind = config.aggregation.weights
-    if kind == "images":
-        return {site: float(update.images) for site, update in declared.items()}
+    """Return the weight of each folded site; they need not sum to 1.
+
+    Where a patient or an image is the privacy unit, images are not counted: their declared number weighs.
+    """
+    kind, membership = config.aggregation.weights, config.membership
     if kind == "uniform":
         return dict.fromkeys(declared, 1.0)
-    if missing := sorted(declared.keys() - config.membership.sites.keys()):
+    if kind == "images" and isinstance(config.privacy, UnitPrivacyConfig):
+        return {site: float(membership.units[site]) for site in declared}
+    if kind == "images":
+        return {site: float(update.images or 0) for site, update in declared.items()}  # none passes check_update
+    if missing := sorted(declared.keys() - membership.sites.keys()):
         raise ConfigError(f"[membership] sites: no declared weight for '{missing[0]}'; add one, or weigh by images.")
-    return {site: config.membership.sites[site] for site in declared}
+    return {site: membership.sites[site] for site in declared}

@@ -28,6 +28,7 @@ class Closed:
     declared: dict[str, Declared]
     refused: dict[str, str]  # site -> code and reason
     bytes: int  # of the updates
+    ledgers: dict[str, str]  # site -> LENGTH:HASH of its ledger, also of those whose update is refused
 
 
 class Spool:
@@ -53,8 +54,11 @@ class Spool:
         """Return the sites whose updates are here, by name."""
         return sorted(path.name.removesuffix(".safetensors") for path in self.folder.glob("updates/[!.]*.safetensors"))
 
-    def close(self, refused: dict[str, Refusal]) -> Closed:
-        """Decide, on disk, that what has arrived counts and nothing after it does."""
+    def close(self, refused: dict[str, Refusal], ledgers: dict[str, str]) -> Closed:
+        """Decide, on disk, that what has arrived counts and nothing after it does.
+
+        `ledgers` are the heads that came with refused updates.
+        """
         declared, hashes, size = {}, {}, 0
         for site in self.arrived():
             block = self._update(site).read_bytes()
@@ -62,14 +66,16 @@ class Spool:
             hashes[site] = hashlib.sha256(block).hexdigest()
             size += len(block)
         reasons = {site: f"{refusal.code}: {refusal.text}" for site, refusal in refused.items() if site not in hashes}
+        heads = ledgers | {site: value.ledger for site, value in declared.items() if value.ledger is not None}
         decision = {
             "updates": hashes,
             "declared": {site: vars(value) for site, value in declared.items()},
             "refused": reasons,
             "bytes": size,
+            "ledgers": heads,
         }
         write_file(self.folder / "closed.json", json.dumps(decision, indent=2, sort_keys=True).encode())
-        return Closed(hashes, declared, reasons, size)
+        return Closed(hashes, declared, reasons, size, heads)
 
     def closed(self) -> Closed | None:
         """Return the decision, or None while the round is open."""
@@ -78,7 +84,7 @@ class Spool:
             return None
         found = json.loads(path.read_bytes())
         declared = {site: Declared(**value) for site, value in found["declared"].items()}
-        return Closed(found["updates"], declared, found["refused"], found["bytes"])
+        return Closed(found["updates"], declared, found["refused"], found["bytes"], found.get("ledgers", {}))
 
     @contextmanager
     def reader(self, closed: Closed) -> Iterator[Read]:

@@ -17,8 +17,11 @@ from tqdm import tqdm
 
 from wardround.backbones import save_release
 from wardround.config import FederationConfig
+from wardround.config.privacy import NoPrivacyConfig, SitePrivacyConfig
 from wardround.data import procedural_set, read_labelled
 from wardround.errors import TrackingError
+from wardround.privacy import site_level
+from wardround.privacy.statement import statement
 from wardround.probe.monitor import FEWEST, Monitor
 from wardround.registry.durable import write_file
 from wardround.registry.mlflow_store import Store
@@ -26,7 +29,9 @@ from wardround.registry.versions import versions
 from wardround.report.curves import draw_losses
 from wardround.report.neighbours import draw_neighbours
 from wardround.report.reconstruction import draw_reconstructions
+from wardround.report.tables import WITHHELD
 from wardround.server.run_folder import RunFolder
+from wardround.update import MEASURED
 
 ALIAS = "candidate"  # what the last committed round is released as
 
@@ -56,7 +61,8 @@ class Tracking:
         losses: dict[str, list[tuple[int, float]]] = {}
         for earlier in range(1, number + 1):
             for site, figures in self.run.record(earlier)["sites"].items():
-                losses.setdefault(site, []).append((earlier, figures["loss"]))
+                points = losses.setdefault(site, [])
+                points += [(earlier, figures["loss"])] if figures["loss"] is not None else []
         draw_losses(losses, self.run.path / "losses.png", self.run.config.name)
         if self.images is not None:
             state = self.run.checkpoint(number).state
@@ -70,8 +76,10 @@ class Tracking:
         waiting = [n for n in self.run.committed() if n > 0 and not self._mark(n).exists()]
         for number in waiting:
             pictures = {"images": self._picture(number), "losses": self.run.path / "losses.png"}
+            if isinstance(self.run.config.privacy, SitePrivacyConfig):
+                del pictures["losses"]
             found = {name: path for name, path in pictures.items() if path.exists()}
-            self.store.log_round(self.mlflow_run, number, metrics(self.run.record(number)), found)
+            self.store.log_round(self.mlflow_run, number, shown(self.run, number), found)
             write_file(self._mark(number), json.dumps({"run": self.mlflow_run}).encode())
 
     def register(self) -> str:
@@ -85,7 +93,7 @@ class Tracking:
         number = self.run.committed()[-1]
         tags = {"protocol": self.run.digest, "round": str(number), "method": self.run.config.method.name}
         # Of the federation only: who may read a release need not see each hospital's figures.
-        public = {name: value for name, value in metrics(self.run.record(number)).items() if "/" not in name}
+        public = {name: value for name, value in shown(self.run, number).items() if "/" not in name}
         self.store.register(folder, name, ALIAS, self.mlflow_run, tags, public)
         self.store.close_run(self.mlflow_run, "FINISHED")
         return f"{name}@{ALIAS}"
@@ -127,12 +135,32 @@ def export(run: RunFolder) -> Path:
         "protocol_digest": run.digest,
         "round": number,
         "sites": {site: figures["weight"] for site, figures in run.record(number).get("sites", {}).items()},
-        "differential_privacy": "none",
+        "differential_privacy": guarantee(run),
         "versions": versions(),
     }
     images = evaluation_images(run.config) if run.config.backbone.norm == "batch" else None
     save_release(run.protocol, run.checkpoint(number).state, folder, provenance, images)
     return folder
+
+
+def guarantee(run: RunFolder) -> str | dict[str, Any]:
+    """Return what a release promises: "none", or unit, adjacency, delta, epsilon and the sentence that says it.
+
+    Inside a site, epsilon is each site's own, as it declared it with its last folded update.
+    """
+    privacy, rounds = run.config.privacy, run.committed()[1:]
+    if isinstance(privacy, NoPrivacyConfig):
+        return "none"
+    words = {"unit": privacy.unit, "adjacency": f"add or remove one {privacy.unit}", "delta": privacy.delta}
+    if isinstance(privacy, SitePrivacyConfig):
+        epsilon = site_level.spent(privacy, run.config.training.rounds, len(rounds))
+        return {**words, "epsilon": epsilon, "statement": statement(privacy, len(rounds), epsilon=epsilon)}
+    last: dict[str, tuple[int, float]] = {}
+    for number in rounds:
+        for site, figures in run.record(number)["sites"].items():
+            last[site] = (number, figures["epsilon"])
+    sentences = {site: statement(privacy, number, site, epsilon) for site, (number, epsilon) in sorted(last.items())}
+    return {**words, "epsilon": {site: epsilon for site, (_, epsilon) in last.items()}, "statement": sentences}
 
 
 def evaluation_images(config: FederationConfig) -> NDArray[np.uint8] | None:
@@ -145,11 +173,27 @@ def evaluation_images(config: FederationConfig) -> NDArray[np.uint8] | None:
     return procedural_set(chosen.count, config.seed, config.data).images
 
 
+def shown(run: RunFolder, number: int) -> dict[str, float]:
+    """Return a round's numbers for MLflow, where users look backbones up.
+
+    Where a site is the privacy unit, what was measured stays in the run folder: it has no noise.
+    """
+    record = run.record(number)
+    if not isinstance(run.config.privacy, SitePrivacyConfig):
+        return metrics(record)
+    hidden = dict.fromkeys(MEASURED)
+    return metrics({**record, "sites": {site: {**figures, **hidden} for site, figures in record["sites"].items()}})
+
+
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return a round's numbers by name: the federation's, then each site's as `SITE/figure`."""
+    """Return a round's numbers by name: the federation's, then each site's as `SITE/figure`.
+
+    What the sites withhold is absent.
+    """
     sites: Mapping[str, Mapping[str, Any]] = record["sites"]
+    told = all(figures["loss"] is not None for figures in sites.values())
     numbers = {
-        "loss": sum(figures["weight"] * figures["loss"] for figures in sites.values()),
+        **({"loss": sum(figures["weight"] * figures["loss"] for figures in sites.values())} if told else {}),
         "sites": float(len(sites)),
         **{name: float(record[name]) for name in ("bytes_sent", "bytes_received", "seconds")},
     }
@@ -163,17 +207,21 @@ def round_line(run: RunFolder, number: int) -> str:
     record = run.record(number)
     numbers = metrics(record)
     refused = "".join(f"; without '{site}': {reason}" for site, reason in record["refused"].items())
+    loss = f"{numbers['loss']:.4f}" if "loss" in numbers else WITHHELD
     return (
-        f"round {number} of {run.config.training.rounds}: loss {numbers['loss']:.4f}, "
+        f"round {number} of {run.config.training.rounds}: loss {loss}, "
         f"{int(numbers['sites'])} sites, {numbers['seconds']:.1f} s{refused}"
     )
 
 
 def collapse_lines(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a warning for each site to whose backbone all images have come to look alike."""
+    """Return a warning for each site to whose backbone all images have come to look alike, as far as sites tell."""
     lines = []
     for site, declared in sites.items():
-        seen = Monitor(**{field.name: declared[field.name] for field in fields(Monitor)})
+        figures = {field.name: declared[field.name] for field in fields(Monitor)}
+        if None in figures.values():
+            continue
+        seen = Monitor(**figures)
         if seen.collapsed and declared["images"] >= FEWEST:
             lines.append(
                 f"warning: site '{site}': features collapse (effective rank {seen.effective_rank:.1f}, spread "

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wardround.backbones import fast_linear
-from wardround.config.federation import Recipe, TrainingConfig
+from wardround.config.federation import Recipe
 from wardround.errors import UpdateError
 from wardround.ssl.devices import Machine, open_fabric
 from wardround.ssl.draws import generator
@@ -50,7 +50,7 @@ class Plain:
 
     def batch(self, step: int) -> Inputs:
         """Return views of the images whose turn it is, and whatever else the method draws."""
-        self.method.view_size = view_size(self.recipe, step)
+        self.method.view_size = self.recipe.view_size(step)
         rows = self.images[self.rows(step)]
         images = torch.from_numpy(rows).to(self.device).float().div_(255.0)
         return self.method.prepare(images, generator(self.recipe.seed, self.site, step, "views"))
@@ -174,21 +174,6 @@ class Plain:
             draw = torch.randperm(len(self.images), generator=generator(self.recipe.seed, self.site, epoch, "order"))
             self._epoch = (epoch, draw.numpy())
         return self._epoch[1]
-
-
-def view_size(recipe: Recipe, step: int) -> int:
-    """Return the edge of a step's views: that of the last resolution whose round has come, else the image's.
-
-    >>> from wardround.config import FederationConfig, parse
-    >>> training = {"rounds": 4, "local_steps": 5, "resolutions": [[1, 32], [3, 64]]}
-    >>> recipe = parse({"format": 1, "name": "x", "training": training}, FederationConfig, "x")
-    >>> [view_size(recipe, step) for step in (0, 9, 10)]
-    [32, 32, 64]
-    """
-    training: TrainingConfig = recipe.training
-    round = step // training.local_steps + 1
-    reached = [edge for first, edge in training.resolutions if first <= round]
-    return reached[-1] if reached else recipe.data.image_size
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

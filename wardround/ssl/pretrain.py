@@ -22,8 +22,10 @@ from wardround.update import State
 class Engine(Protocol):
     """What draws batches and fills gradients; sampling and clipping are its own business."""
 
+    micro_batch: int  # images at once
+
     def batch(self, step: int) -> tuple[Tensor, ...]:
-        """Return the inputs of a step, which is counted over the whole federation."""
+        """Return what `gradients` takes for a step, which is counted over the whole federation."""
 
     def gradients(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Fill `.grad` of every parameter and return the mean loss, [], detached."""

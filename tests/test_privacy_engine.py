@@ -1,0 +1,91 @@
+"""The private engines: exact against a loop over single images, and never a unit's share above C."""
+
+import numpy as np
+import pytest
+import torch
+from private_methods import (
+    METHODS,
+    clipped_reference,
+    disturbed,
+    distance,
+    inputs_of,
+    norm,
+    private,
+    unit_gradients,
+)
+
+from wardround.config import FederationConfig
+from wardround.config.federation import Recipe
+from wardround.errors import ConfigError
+from wardround.privacy.accounting import Mechanism
+from wardround.privacy.engine import Private, clipper
+from wardround.privacy.grouping import Grouping
+from wardround.ssl.devices import Machine, open_fabric
+
+UNITS = [0, 1, 1, 2, 2, 2, 3]
+FAMILIES = [  # one of each way of writing a network
+    "resnet18",
+    "seresnet18",
+    "cbam_resnet18",
+    "densenet121",
+    "vgg11",
+    "mobilenetv2_050",
+    "efficientnet_b0",
+    "convnext_atto",
+    "swin_tiny_patch4_window7_224",
+    "mobilevit_xxs",
+]
+
+
+def compare(config: FederationConfig) -> None:
+    method = disturbed(config)
+    inputs = inputs_of(method, len(UNITS))
+    each = unit_gradients(method, inputs, UNITS)
+    clip = 1.01 * sorted(norm(gradient) for gradient in each)[1]  # some are clipped, some are not
+    found = clipper(method, config)(inputs, Grouping(torch.tensor(UNITS), 4), clip)
+    assert distance(found.sums, clipped_reference(each, clip)) < 1e-6
+    assert found.losses.shape == (len(UNITS),)
+    assert all(p.requires_grad for name, p in method.named_parameters() if not name.startswith("teacher."))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bookkeeping_gives_the_clipped_sum_of_every_method(method: str) -> None:
+    compare(private(method))
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("method", ["mae", "byol"])
+def test_bookkeeping_gives_the_clipped_sum_on_every_way_of_writing_a_network(method: str, backbone: str) -> None:
+    compare(private(method, backbone, size=64))
+
+
+@pytest.mark.parametrize("method", ["mae", "byol"])
+@pytest.mark.parametrize("backbone", ["monai_vit_tiny", "monai_resnet10", "monai_swinunetr_small"])
+def test_bookkeeping_gives_the_clipped_sum_on_volumes(method: str, backbone: str) -> None:
+    volumes = {"dimensions": 3, "spacing": [2.0, 2.0, 2.0]}
+    compare(private(method, {"name": backbone} | ({"depth": 1} if "vit" in backbone else {}), size=64, data=volumes))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_opacus_hooks_give_the_same_sum(method: str) -> None:
+    compare(private(method, privacy={"engine": "opacus"}))
+
+
+def test_opacus_ghost_clipping_gives_the_same_sum_for_one_row_a_unit() -> None:
+    config = private("mae", privacy={"engine": "opacus-ghost"})
+    method = disturbed(config)
+    inputs = inputs_of(method, 5)
+    each = unit_gradients(method, inputs, list(range(5)))
+    clip = 1.01 * sorted(norm(gradient) for gradient in each)[1]
+    found = clipper(method, config)(inputs, Grouping(torch.arange(5), 5), clip)
+    assert distance(found.sums, clipped_reference(each, clip)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("byol", {}), ("mae", {"images_per_patient": 2}), ("mae", {"views": 2})],
+)
+def test_opacus_ghost_clipping_is_refused_for_several_rows_a_unit(method: str, more: dict[str, int]) -> None:
+    config = private(method, privacy={"engine": "opacus-ghost", **more})
+    with pytest.raises(ConfigError, match="engine = 'bookkeeping'"):
+        clipper(disturbed(config), config)

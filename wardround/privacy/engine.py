@@ -1,0 +1,153 @@
+"""DP-SGD over a site's units (Abadi et al. 2016, arXiv:1607.00133, Algorithm 1), as the training loop's engine.
+
+A step draws each unit with probability q by itself, sums the units' clipped gradients, adds noise once,
+and divides by the declared number of units a step: never by the number drawn. All its randomness comes
+from the operating system; the experiment's seed, which others know, reaches none of it.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wardround.backbones import fast_linear
+from wardround.config.federation import Recipe
+from wardround.config.privacy import UnitPrivacyConfig
+from wardround.errors import ConfigError
+from wardround.privacy.accounting import Mechanism
+from wardround.privacy.bookkeeping import Clipped, clipped_sum
+from wardround.privacy.grouping import Grouping
+from wardround.privacy.hooks import GhostClipping, PerImageHooks
+from wardround.privacy.method import Decomposing, trained
+from wardround.privacy.noise import fresh_generator, standard_normal
+from wardround.privacy.rows import rows_of_calls
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Clipper = Callable[[tuple[Tensor, ...], Grouping, float], Clipped]
+_LOW_PRECISION_CLIP = 0.99  # of C under autocast, whose rounding took clipped norms 0.16 % over it
+
+
+class Private:
+    """Poisson draws of units, clipped sums, noise: behind the calls that the training loop knows."""
+
+    def __init__(
+        self,
+        method: Decomposing,
+        images: NDArray[np.uint8],
+        units: NDArray[np.int32],
+        recipe: Recipe,
+        mechanism: Mechanism,
+        fabric: "Fabric",
+        micro_batch: int = 0,
+    ) -> None:
+        """images: [N, C, S, S]; units: [N], 0..P-1, which unit each image belongs to; micro_batch: rows at once."""
+        assert isinstance(recipe.privacy, UnitPrivacyConfig)
+        self.method, self.images, self.recipe, self.fabric = method, images, recipe, fabric
+        self.privacy, self.mechanism = recipe.privacy, mechanism
+        self.micro_batch = micro_batch or recipe.training.batch_size
+        self.parameters = trained(method)
+        self.device = next(iter(self.parameters.values())).device
+        self.clip = clipper(method, recipe)
+        order = np.argsort(units, kind="stable")
+        edges = np.flatnonzero(np.diff(units[order], prepend=-1, append=np.iinfo(np.int32).max))
+        every = [order[first:end] for first, end in pairwise(edges)]
+        self.units = every[fabric.global_rank :: fabric.world_size]  # each unit is one process's alone
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the images that a step draws and the unit of each, ascending: twice [B]; B may be 0."""
+        self.method.view_size = self.recipe.view_size(step)
+        draw = fresh_generator()
+        drawn = torch.rand(len(self.units), generator=draw, dtype=torch.float64) < self.mechanism.rate
+        rows, units = [], []
+        for number, unit in enumerate(drawn.nonzero().flatten().tolist()):
+            own = torch.from_numpy(self.units[unit])
+            own = own[torch.randperm(len(own), generator=draw)[: self.privacy.images_per_patient]]
+            rows.append(own.repeat_interleave(self.privacy.views))
+            units.append(torch.full_like(rows[-1], number))
+        nothing = torch.empty(0, dtype=torch.int64)
+        return torch.cat([nothing, *rows]), torch.cat([nothing, *units])
+
+    def gradients(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Fill every `.grad` with the noised sum over the declared number of units; return the mean loss, [].
+
+        The loss is for the site's own eyes. A part whose loss is no number counts for nothing in it.
+        """
+        rows, units = batch
+        sums = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
+        losses = [torch.zeros(0, device=self.device)]
+        for part in self.parts(units):
+            clipped = self._part(rows[part], units[part])
+            losses.append(clipped.losses)
+            for name, total in clipped.sums.items():
+                sums[name] += total
+        flat = torch.cat([total.flatten() for total in sums.values()])
+        if self.fabric.global_rank == 0:  # once in the sum of all processes
+            noise = standard_normal(flat.shape, self.privacy.randomness).to(flat.device)
+            flat += self.mechanism.noise * self.privacy.clip * noise
+        if self.fabric.world_size > 1:
+            flat = torch.as_tensor(self.fabric.all_reduce(flat, reduce_op="sum"))
+        flat /= self.recipe.training.batch_size
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        for parameter, gradient in zip(self.parameters.values(), torch.split(flat, sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        finite = torch.cat(losses).float()
+        finite = finite[finite.isfinite()]
+        return finite.mean() if len(finite) else torch.zeros((), device=self.device)
+
+    def parts(self, units: Tensor) -> Iterator[slice]:
+        """Yield the rows of whole units, as many at a time as the micro-batch takes, and one unit at least."""
+        first = 0
+        ends = [*(units.diff() != 0).nonzero().flatten().add(1).tolist(), len(units)] if len(units) else []
+        for place, end in enumerate(ends):
+            after = ends[place + 1] if place + 1 < len(ends) else None
+            if after is None or after - first > self.micro_batch:
+                yield slice(first, end)
+                first = end
+
+    def _part(self, rows: Tensor, units: Tensor) -> Clipped:
+        """Return what some units add."""
+        images = torch.from_numpy(self.images[rows.numpy()]).to(self.device).float().div_(255.0)
+        inputs = self.method.prepare(images, fresh_generator())
+        units = units - units[0]
+        group = Grouping(units.to(self.device), int(units[-1]) + 1)
+        low = self.recipe.training.precision != "float32"
+        with fast_linear(), self.fabric.autocast():
+            return self.clip(inputs, group, self.privacy.clip * (_LOW_PRECISION_CLIP if low else 1.0))
+
+
+def clipper(method: Decomposing, recipe: Recipe) -> Clipper:
+    """Return the engine that the config names, after it has shown itself exact for this method.
+
+    Raises ConfigError where the method couples images, or the engine has no exact rule for it.
+    """
+    assert isinstance(recipe.privacy, UnitPrivacyConfig)
+    refuse_coupled(method, recipe.privacy.unit)
+    if recipe.privacy.engine == "opacus":
+        return PerImageHooks(method, recipe.data.shape)
+    if recipe.privacy.engine == "opacus-ghost":
+        return GhostClipping(method, recipe.data.shape, recipe.privacy)
+    known: dict[int, list[int]] = {}  # rows of the calls, by size of view
+
+    def bookkeeping(inputs: tuple[Tensor, ...], group: Grouping, clip: float) -> Clipped:
+        if method.view_size not in known:
+            known[method.view_size] = rows_of_calls(method, recipe.data.shape)
+        return clipped_sum(method, inputs, group, clip, known[method.view_size])
+
+    known[method.view_size] = rows_of_calls(method, recipe.data.shape)
+    return bookkeeping
+
+
+def refuse_coupled(method: Decomposing, unit: str) -> None:
+    """Raise ConfigError where an image's loss depends on other images: no clipping bounds what a unit does then."""
+    if method.coupling is not None:
+        raise ConfigError(
+            f"[privacy] unit = '{unit}': {method.coupling}, so that clipping does not bound what one {unit} changes. "
+            "Take [method] name = 'mae', or 'simclr' with negatives = 'public', with [backbone] norm = 'group'; or "
+            "[privacy] unit = 'site'."
+        )

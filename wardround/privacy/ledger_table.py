@@ -1,0 +1,86 @@
+"""The SQLite file below the ledger: a table that is only added to, each row bound to the one before it."""
+
+import contextlib
+import hashlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from wardround.errors import CheckpointError
+
+ORIGIN = "0" * 64  # the hash that the first row follows
+_PATIENCE = 60.0  # seconds to wait while another process charges
+
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS ledger"
+    " (seq INTEGER PRIMARY KEY, previous TEXT NOT NULL, content TEXT NOT NULL, hash TEXT NOT NULL) STRICT",
+    "CREATE TABLE IF NOT EXISTS gap (protocol TEXT PRIMARY KEY, content TEXT NOT NULL) STRICT",
+    "CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON ledger"
+    " BEGIN SELECT RAISE(ABORT, 'the ledger is only added to'); END",
+    "CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON ledger"
+    " BEGIN SELECT RAISE(ABORT, 'the ledger is only added to'); END",
+    # INSERT OR REPLACE deletes without firing the trigger above.
+    "CREATE TRIGGER IF NOT EXISTS after_the_last BEFORE INSERT ON ledger"
+    " WHEN NEW.seq <= (SELECT IFNULL(MAX(seq), 0) FROM ledger)"
+    " BEGIN SELECT RAISE(ABORT, 'the ledger is only added to'); END",
+)
+
+
+@contextlib.contextmanager
+def transaction(path: Path) -> Iterator[sqlite3.Connection]:
+    """Give the ledger's file, mode 0600, for one transaction; no other process reads or writes meanwhile.
+
+    Leaving the block commits: what was written outlasts a power cut from then on. An error in the block
+    takes all of it back, and what a killed process left half-written SQLite takes back at the next
+    opening. Raises CheckpointError where the file is damaged, or the disk refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # the journal that SQLite makes takes its mode
+        with contextlib.closing(sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)) as db:
+            # Under FULL the journal's removal is not synced: a power cut could bring the journal back, and
+            # with it take back a charge that was reported as written. EXTRA is FULL, and syncs that too.
+            db.execute("PRAGMA synchronous = EXTRA")
+            db.execute("BEGIN IMMEDIATE")
+            for statement in _SCHEMA:
+                db.execute(statement)
+            yield db
+            db.execute("COMMIT")
+    except (sqlite3.Error, OSError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be used as this site's ledger: {error}. Mend the disk, or put back the newest copy of "
+            "the file; 'wardround site ledger recover' charges what the copy lacks."
+        ) from error
+
+
+def read(db: sqlite3.Connection) -> list[tuple[int, str, str]]:
+    """Return (seq, content, hash) of all rows. Raises CheckpointError at the first that breaks the chain."""
+    rows: list[tuple[int, str, str]] = []
+    last, follows = 0, ORIGIN
+    for seq, previous, content, found in db.execute("SELECT seq, previous, content, hash FROM ledger ORDER BY seq"):
+        problem = ""
+        if found != _hash(seq, previous, content):
+            problem = f"row {seq} was altered"
+        elif previous != follows:
+            problem = f"row {seq} does not follow row {last}: rows were removed, replaced or reordered"
+        if problem:
+            raise CheckpointError(
+                f"the ledger's chain is broken: {problem}. Put back the newest copy that is whole, or remove the "
+                "file; 'wardround site ledger recover' charges what is lacking."
+            )
+        rows.append((seq, content, found))
+        last, follows = seq, found
+    return rows
+
+
+def append(db: sqlite3.Connection, seq: int, content: str) -> str:
+    """Add a row after the last one and return its hash."""
+    (previous,) = db.execute("SELECT hash FROM ledger ORDER BY seq DESC LIMIT 1").fetchone() or (ORIGIN,)
+    made = _hash(seq, previous, content)
+    db.execute("INSERT INTO ledger VALUES (?, ?, ?, ?)", (seq, previous, content, made))
+    return made
+
+
+def _hash(seq: int, previous: str, content: str) -> str:
+    return hashlib.sha256(f"{seq}|{previous}|{content}".encode()).hexdigest()

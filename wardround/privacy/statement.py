@@ -1,0 +1,43 @@
+"""The privacy statement: what is promised, in the words of DESIGN.md and no others."""
+
+import math
+
+from wardround.config.privacy import NoPrivacyConfig, PrivacyConfig, UnitPrivacyConfig
+
+NONE = "none: the coordinator may be able to reconstruct images"
+_OUTSIDE = "Timing, availability and the choice of hyper-parameters are outside it."
+
+
+def statement(privacy: PrivacyConfig, rounds: int, site: str | None = None, epsilon: float | None = None) -> str:
+    """Return what holds through a round, as a person reads it.
+
+    `epsilon` is what is spent until then; unset, all that the config allows. Without a site the
+    sentence speaks of each. Epsilon is rounded up.
+
+    >>> print(statement(NoPrivacyConfig(), 5))
+    none: the coordinator may be able to reconstruct images
+    """
+    if isinstance(privacy, NoPrivacyConfig):
+        return NONE
+    numbers = f"({_up(privacy.epsilon if epsilon is None else epsilon)}, {privacy.delta})"
+    if isinstance(privacy, UnitPrivacyConfig):
+        who, there = (f"site '{site}'", f"'{site}'") if site else ("a site", "that site")
+        return (
+            f"Everything {who} releases through round {rounds} is {numbers}-differentially private under adding or "
+            f"removing one {privacy.unit} at {there}, against the server and the other sites. {_OUTSIDE}"
+        )
+    released, server = ("updates and states", "also") if privacy.noise == "site" else ("states", "not")
+    return (
+        f"The {released} released through round {rounds} are {numbers}-differentially private in one whole site, "
+        f"against other sites and users, {server} against the server. {_OUTSIDE}"
+    )
+
+
+def _up(epsilon: float) -> str:
+    """Return an epsilon rounded up to three digits after the point.
+
+    >>> _up(3.0), _up(3.00001)
+    ('3', '3.001')
+    """
+    thousandths = math.ceil(round(epsilon * 1000, 6))  # 1.1 * 1000 lies a bit above 1100
+    return f"{thousandths / 1000:.3f}".rstrip("0").rstrip(".")
