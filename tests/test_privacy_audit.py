@@ -110,7 +110,7 @@ def steady(engine: Private) -> Private:
 def released(engine: Private, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Return the noised sum of a step, in float64: [numbers]."""
     engine.gradients(batch)
-    flat = torch.cat([p.grad.flatten() for p in engine.parameters.values() if p.grad is not None]).double()
+    flat = torch.cat([p.grad.detach().flatten() for p in engine.parameters.values() if p.grad is not None]).double()
     return flat * engine.recipe.training.batch_size
 
 
@@ -122,7 +122,8 @@ def everyone(engine: Private) -> tuple[Tensor, Tensor]:
 
 def without(batch: tuple[Tensor, Tensor], unit: int) -> tuple[Tensor, Tensor]:
     """Return a batch with one patient fewer."""
-    return batch[0][batch[1] != unit], batch[1][batch[1] != unit]
+    kept = batch[1] != unit
+    return batch[0][kept], batch[1][kept].unique(return_inverse=True)[1]
 
 
 def nobody() -> tuple[Tensor, Tensor]:
