@@ -219,6 +219,19 @@ def test_sites_stop_when_told_and_leave_nothing_running(finished: Deployment) ->
     assert not left
 
 
+def test_what_dies_at_the_coordinator_is_started_again(data: Path, expected: str, tmp_path: Path) -> None:
+    with deployment(tmp_path, data) as deployed:
+        deployed.coordinate()
+        for site in SITES:
+            deployed.join(site)
+        for site, program in (("lyon", "flower-superlink"), ("oslo", "wardround.server.rounds_process")):
+            deployed.wait_until(site, f"site '{site}': round ", 180)
+            kill(program, tmp_path)
+            deployed.wait_until("coordinator", "Starts again in")
+        assert deployed.running["coordinator"].wait(240) == 0, deployed.said("coordinator")
+        assert final(open_run(deployed.run)) == expected
+
+
 def test_a_federation_that_cannot_go_on_ends_with_the_reason_in_one_line(data: Path, tmp_path: Path) -> None:
     with deployment(tmp_path, data) as deployed:
         deployed.config.write_text(to_toml(merged(TINY, merged(CHANGES, {"membership": {"wait_seconds": 1.0}}))))
@@ -226,6 +239,13 @@ def test_a_federation_that_cannot_go_on_ends_with_the_reason_in_one_line(data: P
         assert deployed.running["coordinator"].wait(120) == 2
         last = deployed.said("coordinator").splitlines()[-1]
         assert last.startswith("error: round 1: 0 of 3 sites gave an update, 3 are needed. 'lyon' silent")
+
+
+def kill(program: str, folder: Path) -> None:
+    """Kill the one process of a program that works in a folder, as the kernel does where memory runs out."""
+    found = [process for process in psutil.process_iter() if any(w.endswith(program) for w in arguments(process))]
+    (own,) = [process for process in found if any(str(folder) in word for word in arguments(process))]
+    own.kill()
 
 
 def arguments(process: psutil.Process) -> list[str]:

@@ -1,40 +1,43 @@
-"""A site's side of the network: Flower's stock SuperNode, started, watched, and started again.
+"""A site's side of the network: the process that answers rounds, started, watched, and started again.
 
-    WORK/flower/   Flower's own state (FLWR_HOME)        WORK/logs/   supernode.log
+    WORK/flower/   Flower's own state (FLWR_HOME)        WORK/logs/   node.log
 
-It only calls out. The local port that Flower asks for is on loopback, for its own processes.
+It only calls out, and listens on nothing.
 """
 
-import json
 import re
 import stat
+import sys
 import time
 from pathlib import Path
 
 from wardround.config import SiteConfig
-from wardround.config.site import CoordinatorConfig, read_site
+from wardround.config.site import read_site
 from wardround.errors import ConfigError
-from wardround.processes import NewLines, alone, command, free_port, running, stopped_by_sigterm
-from wardround.registry.durable import write_file
+from wardround.processes import NewLines, alone, running, stopped_by_sigterm
 
 _POLL = 0.5  # seconds
 _SOON = 5.0  # seconds, for a connection that was cut
 # A SuperNode that was killed counts as online for up to a minute, and for so long its key is refused.
 _LATER = 65.0  # seconds
 
-# What of SuperNode's log a person at the site is told; all else stays in the log.
+# What of the node's log a person at the site is told; all else stays in the log.
 _SAYINGS = (
-    (r"SuperNode ID: ", "is connected"),
+    (r"^connected as node ", "is connected"),
     (r"Connection attempt failed", "cannot reach the coordinator; keeps trying"),
     (r"Connection successful", "reaches the coordinator again"),
-    (r"\[RUN \d+, ROUND (\d+)\]", r"round \1"),
-    (r"Sent successfully", "its answer is sent"),
+    (r"^(round \d+)$", r"\1"),
+    (r"^answer sent", "its answer is sent"),
+    (r"^answer not wanted", "its answer came too late for this run; it is kept for the next"),
     (r"^site '[^']+'[,:]? (.*)", r"\1"),  # what our own ClientApp logs
 )
 _REASONS = (
-    # Told that it is not known, a SuperNode stops itself as if by Ctrl-C.
-    (r"SuperNode terminated gracefully", "the coordinator was started anew, or this site's clock is wrong"),
-    (r"Failed to activate SuperNode", "the coordinator does not know its key, or still counts it as online"),
+    # Told that it is not known, Flower's connection stops its process as if by Ctrl-C.
+    (r"KeyboardInterrupt", "the coordinator was started anew, or this site's clock is wrong"),
+    (
+        r"Failed to initialize the connection|Failed to activate",
+        "the coordinator does not know its key, or still counts it as online",
+    ),
     (r"certificate verify failed", "the coordinator's certificate is not signed by ca.crt, or is for another address"),
     (r"Name or service not known|nodename nor servname", "the coordinator's host name is not known"),
 )
@@ -47,20 +50,21 @@ def run_site(config_path: Path) -> None:
     """
     path = config_path.resolve()
     site = read_site(path)
-    coordinator = _usable(site, path)
+    _check_kit(site, path)
     work = site.work.resolve()
     with stopped_by_sigterm(), alone(work / "flower", "wardround site run"):
         while True:
-            pause, reason = _connect_once(site, coordinator, path, work)
+            pause, reason = _connect_once(site, path, work)
             print(f"site '{site.name}': {reason}; tries again in {pause:.0f} s", flush=True)
             time.sleep(pause)
 
 
-def _connect_once(site: SiteConfig, coordinator: CoordinatorConfig, path: Path, work: Path) -> tuple[float, str]:
-    """Run a SuperNode until it ends by itself; return how long to wait before the next, and why it ended."""
-    log, connected, reason, said = work / "logs" / "supernode.log", False, "SuperNode ended", ""
+def _connect_once(site: SiteConfig, path: Path, work: Path) -> tuple[float, str]:
+    """Run a node until it ends by itself; return how long to wait before the next, and why it ended."""
+    log, connected, reason, said = work / "logs" / "node.log", False, "its process ended", ""
     lines = NewLines(log)
-    with running(_arguments(coordinator, path, work / "flower"), work / "flower", log, path.parent) as process:
+    node = [sys.executable, "-m", "wardround.client.node", str(path)]
+    with running(node, work / "flower", log, path.parent) as process:
         ended = False
         while not ended:
             ended = process.poll() is not None
@@ -70,27 +74,13 @@ def _connect_once(site: SiteConfig, coordinator: CoordinatorConfig, path: Path, 
                 if saying and saying != said:  # an outage is said once, not at each attempt
                     print(f"site '{site.name}': {saying}", flush=True)
                     said = saying
-                connected |= "SuperNode ID: " in line
+                connected |= line.startswith("connected as node ")
             time.sleep(_POLL)
     return (_SOON if connected else _LATER), f"{reason} (see {log})"
 
 
-def _arguments(coordinator: CoordinatorConfig, path: Path, home: Path) -> list[str]:
-    # A file, since a path on Flower's command line must not contain quotes.
-    node_config = home / "node.toml"
-    write_file(node_config, f"site-config = {json.dumps(str(path), ensure_ascii=False)}\n".encode())
-    return command(
-        "flower-supernode",
-        *("--superlink", coordinator.address),
-        *("--root-certificates", coordinator.ca_certificate),
-        *("--auth-supernode-private-key", coordinator.private_key),
-        *("--host", "127.0.0.1", "--port", free_port()),
-        *("--node-config", node_config),
-    )
-
-
-def _usable(site: SiteConfig, path: Path) -> CoordinatorConfig:
-    """Return how to reach the coordinator. Raises ConfigError where the kit's files are not as they came."""
+def _check_kit(site: SiteConfig, path: Path) -> None:
+    """Raise ConfigError where the kit's files are not as they came."""
     found = site.coordinator
     if found is None:
         raise ConfigError(f"{path}: has no [coordinator]; take that section from the kit.")
@@ -100,7 +90,6 @@ def _usable(site: SiteConfig, path: Path) -> CoordinatorConfig:
     key = found.private_key
     if stat.S_IMODE(key.stat().st_mode) & 0o077:
         raise ConfigError(f"{key}: other accounts can read it; 'chmod 600' it, and ask for a new kit if it was seen.")
-    return found
 
 
 def _first(table: tuple[tuple[str, str], ...], line: str) -> str | None:

@@ -22,8 +22,12 @@ POLL_SECONDS = 0.2
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation of a run folder to its end, record it and register its backbone."""
-    run = open_run(Path(str(context.run_config["run-folder"])))
+    """Run the federation of the run folder that the run config names."""
+    run_federation(grid, open_run(Path(str(context.run_config["run-folder"]))))
+
+
+def run_federation(grid: Grid, run: RunFolder) -> None:
+    """Run a federation to its end, record it and register its backbone."""
     fleet = Fleet(grid, run)
     tracking = Tracking(run)
     run_rounds(run, fleet.ask, tracking.committed)

@@ -1,14 +1,16 @@
-"""The coordinator's side of the network: Flower's SuperLink, started, fed with one run, watched, stopped.
+"""The coordinator's side of the network: Flower's SuperLink and the rounds beside it, watched, started again.
 
 RUN/flower/   Flower's own state (FLWR_HOME, its database): a convenience, never the truth
-RUN/logs/     superlink.log, rounds.log (the ServerApp), gate.log
+RUN/logs/     superlink.log, rounds.log, gate.log
 """
 
 import contextlib
 import json
 import re
+import secrets
 import ssl
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -26,10 +28,12 @@ from wardround.processes import NewLines, alone, command, environment, free_port
 from wardround.registry.durable import write_file
 from wardround.server.fab import write_stub
 from wardround.server.gate import gate
+from wardround.server.rounds_process import ERROR
 from wardround.server.run_folder import RunFolder, create
 
 _STARTUP = 120.0  # seconds; a cold start on a slow disk takes about ten
-_POLL = 0.5  # seconds
+_POLL = 0.2  # seconds
+_TRIES, _LONGEST_PAUSE = 6, 60.0  # new starts without a round in between; seconds
 _CONNECTION = "coordinator"  # the name of our SuperLink in the Flower CLI's own config
 
 
@@ -58,18 +62,40 @@ def member_keys(kit: Path, config: FederationConfig) -> dict[str, str]:
 
 
 def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1") -> None:
-    """Run the rounds that are left of a run folder; its members are the sites that may connect."""
-    home = run.path.resolve() / "flower"
+    """Run the rounds that are left of a run folder; its members are the sites that may connect.
+
+    What dies is started again, after a pause that grows while no round is committed. Raises WardroundError
+    for what a person must mend, and where it died too often.
+    """
+    home, kit, inner = run.path.resolve() / "flower", kit.resolve(), free_port()
+    logs = home.parent / "logs"
     with stopped_by_sigterm(), alone(home, "wardround coordinate"):
         if not _registered(home, run.members):
             _forget(home)
-        with _superlink(run.path, home, kit.resolve()) as link:
-            _register(link, run.members)
-            with gate(link.kit, host, port, link.port, link.logs / "gate.log"):
-                name = run.config.name
-                print(f"federation '{name}': sites connect to {host}:{port}; logs in {link.logs}", flush=True)
-                _run(link, run)
+        with gate(kit, host, port, inner, logs / "gate.log"):
+            tries, done = 0, -1
+            while True:
+                try:
+                    with _superlink(run.path, home, kit, inner) as link:
+                        _register(link, run.members)
+                        if tries == 0:
+                            name = run.config.name
+                            print(f"federation '{name}': sites connect to {host}:{port}; logs in {logs}", flush=True)
+                        _follow(link, run)
+                    break
+                except Died as death:
+                    committed = run.committed()[-1]
+                    tries, done = (tries + 1 if committed == done else 1), committed
+                    if tries > _TRIES:
+                        raise WardroundError(f"{death} It died {tries} times in round {committed + 1}.") from death
+                    pause = min(_LONGEST_PAUSE, 2.0**tries)
+                    print(f"warning: {death} Starts again in {pause:.0f} s.", flush=True)
+                    time.sleep(pause)
         _forget(home)  # the last updates still stand in it
+
+
+class Died(WardroundError):  # noqa: N818  # no error of anyone
+    """A program of ours ended by itself, for a reason that a new start may cure."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +104,18 @@ class Link:
 
     home: Path  # Flower's own state
     logs: Path
+    secret: Path  # a file: what the rounds prove themselves with
     kit: Path
     port: int  # on loopback
     process: subprocess.Popen[bytes]
 
     def check(self) -> None:
-        """Raise WardroundError where it has ended."""
+        """Raise Died where it has ended."""
         if (code := self.process.poll()) is not None:
             log = self.logs / "superlink.log"
             last = " / ".join([line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:])
             plain = re.sub(r"\x1b\[\d+m", "", last)[-300:]
-            raise WardroundError(f"Flower's SuperLink ended with {code}: {plain}. See {log}; then start again.")
+            raise Died(f"Flower's SuperLink ended with {code}: {plain.strip('. ')}. See {log}.")
 
     def flwr(self, *arguments: str | Path) -> dict[str, Any]:
         """Return the Flower CLI's answer. Raises WardroundError with what it says where it fails."""
@@ -109,9 +136,10 @@ class Link:
 
 
 @contextlib.contextmanager
-def _superlink(run: Path, home: Path, kit: Path) -> Iterator[Link]:
-    """Start SuperLink on loopback with TLS and SuperNode keys; end it and its ServerApp on leaving."""
-    port, logs = free_port(), home.parent / "logs"
+def _superlink(run: Path, home: Path, kit: Path, port: int) -> Iterator[Link]:
+    """Start SuperLink on loopback with TLS and SuperNode keys; end it on leaving."""
+    logs, secret = home.parent / "logs", home / "rounds.secret"
+    write_file(secret, secrets.token_bytes(32))
     tls = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
     arguments = command(
         "flower-superlink",
@@ -119,15 +147,16 @@ def _superlink(run: Path, home: Path, kit: Path) -> Iterator[Link]:
         *(part for option, name in tls.items() for part in (option, kit / name)),
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
+        # The rounds are a process of ours, which outlives SuperLink and says what ails it.
+        *("--isolation", "process", "--superexec-auth-secret-file", secret),
         # On disk, so that sites stay connected, and go on training, while the coordinator is restarted.
         *("--database", home / "state.db"),
     )
     connection = {"address": f"127.0.0.1:{port}", "root-certificates": str(kit / "ca.crt")}
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in connection.items()]
     write_file(home / "config.toml", "\n".join([f"[superlink.{_CONNECTION}]", *lines, ""]).encode())
-    # The ServerApp inherits the folder it runs in: "." in its run config is the run folder.
     with running(arguments, home, logs / "superlink.log", run) as process:
-        link = Link(home, logs, kit, port, process)
+        link = Link(home, logs, secret, kit, port, process)
         _wait_until_healthy(link)
         yield link
 
@@ -168,40 +197,34 @@ def _register(link: Link, members: dict[str, str]) -> None:
     write_file(link.home / "registered.json", json.dumps(members).encode())
 
 
-def _run(link: Link, run: RunFolder) -> None:
-    """Submit the one run, follow it to its end, and raise its error where it has one."""
-    answer = link.flwr("run", write_stub(link.home / "stub"), _CONNECTION)
-    number, log = str(answer["run-id"]), link.logs / "rounds.log"
-    lines, rounds, done = NewLines(log), run.config.training.rounds, run.committed()[-1]
+def _follow(link: Link, run: RunFolder) -> None:
+    """Run the rounds to their end. Raises WardroundError with what stopped them, Died where a new start may do."""
+    number, log = str(link.flwr("run", write_stub(link.home / "stub"), _CONNECTION)["run-id"]), link.logs / "rounds.log"
+    address = f"127.0.0.1:{link.port}"
+    rounds = [sys.executable, "-m", "wardround.server.rounds_process", str(run.path.resolve())]
+    rounds += [str(link.kit / "ca.crt"), address, str(link.secret), number]
+    lines, done, last = NewLines(log), run.committed()[-1], ""
     with (
-        tqdm(total=rounds, initial=done, desc="rounds", unit="round", disable=None) as bar,
-        # Flower keeps what a ServerApp prints to itself; this asks for it until the run has ended.
-        running(command("flwr", "log", number, _CONNECTION, "--stream"), link.home, log, link.home) as stream,
+        tqdm(total=run.config.training.rounds, initial=done, desc="rounds", unit="round", disable=None) as bar,
+        running(rounds, link.home, log, Path.cwd()) as process,
     ):
         ended = False
         while not ended:
-            ended = stream.poll() is not None
+            ended = process.poll() is not None
             link.check()
             for line in lines.read():
-                if line.startswith(("waiting for ", "round ")):  # the ServerApp's own words to a person
+                last = line if line.startswith(ERROR) else last
+                if line.startswith(("waiting for ", "warning: ", "round ")):  # words to a person
                     bar.write(line)
             bar.update(run.committed()[-1] - done)
             done = run.committed()[-1]
             time.sleep(_POLL)
-    _raise_failure(link, number)
-
-
-def _raise_failure(link: Link, number: str) -> None:
-    """Return where a run was completed. Raises WardroundError with what its ServerApp raised."""
-    (found,) = link.flwr("list", "--run-id", number, _CONNECTION)["runs"]
-    if found["status"] != "finished:completed":
-        details = str(found["status-details"]).removeprefix("ServerApp failed with exception: ").strip()
-        if not details or details.startswith("No heartbeat"):
-            details = (
-                f"the server's process ended without a word; was it killed, or out of memory? See {link.logs}. "
-                "What is committed is kept; start the same command again to go on."
-            )
-        raise WardroundError(details.splitlines()[0])
+    if process.returncode == 2 and last:
+        raise WardroundError(last.removeprefix(ERROR))
+    if process.returncode != 0:
+        code = process.returncode
+        killed = f"was killed by signal {-code}; out of memory?" if code < 0 else f"ended with {code}."
+        raise Died(f"the process of the rounds {killed} See {log}.")
 
 
 def _pem(path: Path) -> str:

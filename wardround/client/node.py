@@ -1,0 +1,46 @@
+"""The process that answers a site's rounds: `python -m wardround.client.node SITE.toml`, started by supernode.py.
+
+It lives as long as the connection, so that torch, the images' index and the code are loaded once.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.app import Context, RecordDict
+
+from wardround.client.app import app
+from wardround.config.site import CoordinatorConfig, read_site
+from wardround.connection import connected, polite_pause
+
+log = logging.getLogger(__name__)
+
+
+def answer_rounds(path: Path) -> None:
+    """Answer the coordinator's messages until stopped; each line printed is one that supernode.py knows."""
+    site = read_site(path)
+    coordinator = site.coordinator
+    assert isinstance(coordinator, CoordinatorConfig), "supernode.py has looked"
+    key = load_ssh_private_key(coordinator.private_key.read_bytes(), None)
+    with connected(coordinator.address, coordinator.ca_certificate.read_bytes(), key) as connection:  # type: ignore[arg-type]  # provision makes no other
+        print(f"connected as node {connection.node}", flush=True)
+        last = time.monotonic()
+        while True:
+            message = connection.receive()
+            if message is None:
+                time.sleep(polite_pause(last))
+                continue
+            print(f"round {message.metadata.group_id}", flush=True)
+            started = time.monotonic()
+            context = Context(message.metadata.run_id, connection.node, {"site-config": str(path)}, RecordDict(), {})
+            reply = app(message, context)
+            sent = connection.answer(reply, time.monotonic() - started)
+            print("answer sent" if sent else "answer not wanted any more", flush=True)
+            last = time.monotonic()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    answer_rounds(Path(sys.argv[1]))
