@@ -307,3 +307,25 @@ def test_a_table_that_is_wrong_is_refused_with_the_row(tmp_path: Path) -> None:
     assert "has no row" in refused(table[0])
     (folder / "labels.csv").write_bytes(b"\xff\xfe\x00")
     assert "not a table in UTF-8" in problem(folder, tmp_path / "work")
+
+
+def test_patients_who_share_a_file_are_one(tmp_path: Path) -> None:
+    """Else the file would move to the other where one of the two is taken away, and change that one's gradient."""
+    folder = write_labelled(tmp_path / "data", {"lyon": 12})
+    rows = (folder / "labels.csv").read_text().splitlines()
+    file, label, _, site, split = rows[1].split(",")
+    shutil.copy(folder / file, folder / "images/copy.png")
+    (folder / "labels.csv").write_text("\n".join([*rows, f"images/copy.png,{label},lyon-p5,{site},{split}"]) + "\n")
+    found = open_site(site_over(folder, tmp_path / "work", splits=("train", "val", "test")), SMALL)
+    assert (found.num_patients, found.num_images, bool(found.named.all())) == (5, 12, True)
+
+
+def test_an_image_of_nobody_is_told_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (20, 20), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
+    found = open_site(site_over(folder, tmp_path / "work"), SMALL)
+    assert (found.named.tolist(), found.index.unnamed, found.num_patients) == ([False] * 3, 3, 3)

@@ -21,7 +21,7 @@ from conftest import ROOT, TINY, merged, to_toml, write_labelled
 
 from wardround.config import FederationConfig, read_toml
 from wardround.plan import resolve
-from wardround.processes import environment, free_port
+from wardround.processes import command, environment, free_port
 from wardround.provision import provision
 from wardround.provision.keys import site_key
 from wardround.server.run_folder import RunFolder, open_run
@@ -64,6 +64,19 @@ class Deployment:
 
     def join(self, site: str) -> None:
         self.start(site, "site", "run", self.folder / "kits" / site / "site.toml")
+
+    def join_by_stock_supernode(self, site: str) -> None:
+        """Join as who trusts Flower's own program more than ours: the same key, certificate and site.toml."""
+        kit, node_config = self.folder / "kits" / site, self.folder / f"{site}.node.toml"
+        node_config.write_text(f'site-config = "{kit / "site.toml"}"\n')
+        arguments = command(
+            "flower-supernode", "--superlink", f"localhost:{self.port}", "--root-certificates", kit / "ca.crt",
+            "--auth-supernode-private-key", kit / "site.key", "--host", "127.0.0.1", "--port", free_port(),
+            "--node-config", node_config,
+        )  # fmt: skip
+        with (self.folder / f"{site}.out").open("ab") as out:
+            env = environment(self.folder / f"{site}-flower") | {"OMP_NUM_THREADS": "1"}
+            self.running[site] = subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=out, stderr=out)
 
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.out").read_text()
@@ -219,11 +232,15 @@ def test_sites_stop_when_told_and_leave_nothing_running(finished: Deployment) ->
     assert not left
 
 
-def test_what_dies_at_the_coordinator_is_started_again(data: Path, expected: str, tmp_path: Path) -> None:
+def test_what_dies_at_the_coordinator_is_started_again_and_a_stock_supernode_may_be_among_the_sites(
+    data: Path, expected: str, tmp_path: Path
+) -> None:
     with deployment(tmp_path, data) as deployed:
         deployed.coordinate()
-        for site in SITES:
-            deployed.join(site)
+        deployed.wait_until("coordinator", "sites connect to")
+        deployed.join("lyon")
+        deployed.join("oslo")
+        deployed.join_by_stock_supernode("pisa")
         for site, program in (("lyon", "flower-superlink"), ("oslo", "wardround.server.rounds_process")):
             deployed.wait_until(site, f"site '{site}': round ", 180)
             kill(program, tmp_path)

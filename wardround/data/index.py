@@ -36,6 +36,7 @@ class Index:
     samples: int  # images that training sees: frames of the files read, or cubes of the volumes
     skipped_frames: Mapping[str, int]  # frames of the files read that training does not see, by reason
     patients: int
+    unnamed: int  # samples of which nothing says whose they are
     modalities: Mapping[str, int]  # samples by DICOM modality
 
 
@@ -45,6 +46,7 @@ class SiteImages:
 
     images: NDArray[np.uint8]  # [N, C, S, S] or [N, C, S, S, S], memory-mapped; 0..255 means [0, 1]
     patients: NDArray[np.int32]  # [N], 0..P-1: which images belong together
+    named: NDArray[np.bool_]  # [N], whether anything says whose an image is; a nameless file is its own patient
     index: Index
 
     @property
@@ -86,7 +88,7 @@ def open_site(site: SiteConfig, data: DataConfig) -> SiteImages:
     index = _index(len(listed), selection, unopened)
     if not index.samples:
         raise DataError(f"site '{site.name}': {_nothing_left(index)}")
-    return SiteImages(images, np.array(selection.patients, np.int32), index)
+    return SiteImages(images, np.array(selection.patients, np.int32), np.array(selection.named, bool), index)
 
 
 def _look(
@@ -229,6 +231,7 @@ def _index(files: int, selection: Selection, unopened: Sequence[tuple[str, str]]
         samples=len(selection.order),
         skipped_frames={reason: count for reason, count in selection.skipped_frames.items() if count},
         patients=max(selection.patients, default=-1) + 1,
+        unnamed=selection.named.count(False),
         modalities={name: count for name, count in sorted(selection.modalities.items()) if count},
     )
 

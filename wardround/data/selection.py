@@ -1,7 +1,7 @@
 """Which samples take part, and the account of every file. Pure: it looks at what is known, at no file."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from wardround.config.federation import DataConfig
@@ -16,6 +16,7 @@ class Selection:
 
     order: list[Sample] = field(default_factory=list)
     patients: list[int] = field(default_factory=list)  # 0..P-1 by first appearance, so without the salt
+    named: list[bool] = field(default_factory=list)  # whether a file or table says whose it is
     modalities: Counter[str] = field(default_factory=Counter)
     read: int = 0
     duplicates: int = 0
@@ -34,11 +35,14 @@ def select(
 ) -> Selection:
     """Return the samples of these units in content order.
 
-    A unit is a file, or a series of them: its key -> for each content, the files that have it.
+    A unit is a file, or a series of them: its key -> for each content, the files that have it. Patients who
+    share a file count as one: else a privacy unit would leave part of itself in another.
     """
     result = Selection()
     numbers: dict[str, int] = {}
     taken: Counter[str] = Counter()
+    owners = {key: _owners(units[key], entries[key], salt) for key in units}
+    one = _joined(owners.values())
     for key in sorted(units):
         entry, contents = entries[key], units[key]
         listed = sorted(one.patient for files in contents for one in files if one.patient)
@@ -51,15 +55,37 @@ def select(
             result.excluded[entry.excluded] += len(contents)
         else:
             result.read += len(contents)
-            # The table's word counts before the file's; without either a file is a patient of its own.
-            patient = pseudonym(salt, listed[0]) if listed else entry.patient or key
+            # Without any name a file is a patient of its own.
+            patient = one[owners[key][0]] if owners[key] else key
             frames = _frames(entry, data, taken[patient], result.skipped_frames)
             taken[patient] += len(frames)
             for frame in frames:
                 result.order.append((key, frame))
                 result.patients.append(numbers.setdefault(patient, len(numbers)))
+                result.named.append(bool(owners[key]))
             result.modalities[entry.modality or "not stated"] += len(frames)
     return result
+
+
+def _owners(contents: Sequence[Sequence[Listed]], entry: Entry, salt: bytes) -> list[str]:
+    """Return the pseudonyms of whose a unit is; the table's word counts before the file's."""
+    listed = {pseudonym(salt, one.patient) for files in contents for one in files if one.patient}
+    return sorted(listed) or ([entry.patient] if entry.patient else [])
+
+
+def _joined(groups: Iterable[Sequence[str]]) -> dict[str, str]:
+    """Return for each name the one that stands for all that are joined with it, by any chain of groups."""
+    above: dict[str, str] = {}
+
+    def top(name: str) -> str:
+        while above.setdefault(name, name) != name:
+            name = above[name]
+        return name
+
+    for group in groups:
+        for name in group:
+            above[top(name)] = top(group[0])
+    return {name: top(name) for name in above}
 
 
 def _frames(entry: Entry, data: DataConfig, taken: int, skipped: Counter[str]) -> list[int]:

@@ -23,7 +23,7 @@ from wardround.privacy.bookkeeping import Clipped, clipped_sum
 from wardround.privacy.grouping import Grouping
 from wardround.privacy.hooks import GhostClipping, PerImageHooks
 from wardround.privacy.method import Decomposing, trained
-from wardround.privacy.noise import fresh_generator, standard_normal
+from wardround.privacy.noise import fresh_generator, standard_normal, uniform
 from wardround.privacy.rows import rows_of_calls
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Private:
         fabric: "Fabric",
         micro_batch: int = 0,
     ) -> None:
-        """images: [N, C, S, S]; units: [N], 0..P-1, which unit each image belongs to; micro_batch: rows at once."""
+        """images: [N, C, S, S]; units: [N], which unit each image belongs to, -1 for none; micro_batch: rows at once."""
         assert isinstance(recipe.privacy, UnitPrivacyConfig)
         self.method, self.images, self.recipe, self.fabric = method, images, recipe, fabric
         self.privacy, self.mechanism = recipe.privacy, mechanism
@@ -55,6 +55,7 @@ class Private:
         self.device = next(iter(self.parameters.values())).device
         self.clip = clipper(method, recipe)
         order = np.argsort(units, kind="stable")
+        order = order[units[order] >= 0]
         edges = np.flatnonzero(np.diff(units[order], prepend=-1, append=np.iinfo(np.int32).max))
         every = [order[first:end] for first, end in pairwise(edges)]
         self.units = every[fabric.global_rank :: fabric.world_size]  # each unit is one process's alone
@@ -63,9 +64,9 @@ class Private:
         """Return the images that a step draws and the unit of each, ascending: twice [B]; B may be 0."""
         self.method.view_size = self.recipe.view_size(step)
         draw = fresh_generator()
-        drawn = torch.rand(len(self.units), generator=draw, dtype=torch.float64) < self.mechanism.rate
+        drawn = uniform(len(self.units)) < self.mechanism.rate
         rows, units = [], []
-        for number, unit in enumerate(drawn.nonzero().flatten().tolist()):
+        for number, unit in enumerate(np.flatnonzero(drawn).tolist()):
             own = torch.from_numpy(self.units[unit])
             own = own[torch.randperm(len(own), generator=draw)[: self.privacy.images_per_patient]]
             rows.append(own.repeat_interleave(self.privacy.views))
@@ -148,6 +149,6 @@ def refuse_coupled(method: Decomposing, unit: str) -> None:
     if method.coupling is not None:
         raise ConfigError(
             f"[privacy] unit = '{unit}': {method.coupling}, so that clipping does not bound what one {unit} changes. "
-            "Take [method] name = 'mae', or 'simclr' with negatives = 'public', with [backbone] norm = 'group'; or "
-            "[privacy] unit = 'site'."
+            "Take mae, simclr with negatives = 'public', byol, simsiam, ijepa, or dino with centre = 'public', on "
+            "[backbone] norm = 'group'; or [privacy] unit = 'site'."
         )

@@ -43,6 +43,12 @@ def generator_from(words: NDArray[np.uint32]) -> torch.Generator:
     return generator
 
 
+def uniform(count: int) -> NDArray[np.float64]:
+    """Return numbers in [0, 1) by the operating system's cryptographic generator: for who is drawn, [count]."""
+    words = np.frombuffer(os.urandom(8 * count), np.uint64)
+    return np.ldexp((words >> np.uint64(11)).astype(np.float64), -53)
+
+
 def standard_normal(shape: Sequence[int], randomness: Literal["torch", "secure"]) -> Tensor:
     """Return float32 standard normal numbers on the CPU, from fresh entropy of the operating system at each call.
 

@@ -93,6 +93,11 @@ def left_out_lines(sites: Mapping[str, SiteImages], most: int = 5) -> list[str]:
         index, quarantined = images.index, images.index.quarantined
         lines += [f"{site}: {count} excluded: {reason}" for reason, count in index.excluded.items()]
         lines += [f"{site}: {count} frames left out: {reason}" for reason, count in index.skipped_frames.items()]
+        if index.unnamed:
+            lines.append(
+                f"{site}: {index.unnamed} images without a patient: each counts as one; where a patient is the privacy "
+                "unit, they are left out"
+            )
         lines += [f"{site}: {index.duplicates} copies of other files"] if index.duplicates else []
         lines += [f"{site}: {path}: {reason}" for path, reason in quarantined[:most]]
         if len(quarantined) > most:
