@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from conftest import tiny
 
+from wardround.encoding import inflate
 from wardround.plan import resolve
 from wardround.server.run_folder import RunFolder, create
-from wardround.update import Declared, Refusal, Task, Update, state_hash, unpack
+from wardround.update import Declared, Refusal, Task, Update, layout, state_hash, unpack
 
 SITES = ("lyon", "oslo", "wien")
 MONITOR = {"effective_rank": 9.0, "feature_spread": 0.8, "alignment": 0.2, "uniformity": 2.0}
@@ -42,7 +43,8 @@ class Sites:
         return self.update(site, task).to_bytes()
 
     def update(self, site: str, task: Task) -> Update:
-        state, _ = unpack(task.state)
+        shapes = layout(self.run.checkpoint(0).state)
+        state, _ = unpack(inflate(task.state, shapes, "float32", "the state"))
         draw = np.random.default_rng([*site.encode(), task.round])
         delta = {name: draw.normal(size=a.shape).astype(np.float32) for name, a in sorted(state.items())}
         declared = dataclasses.replace(DECLARED, images=len(site) + ord(site[0]))

@@ -65,7 +65,7 @@ def test_the_architecture_is_the_one_the_site_builds_itself() -> None:
 
 def test_a_state_that_is_far_too_large_is_refused_before_it_is_read() -> None:
     huge = Task(1, "", 0, b"\0" * (sum(a.nbytes for a in PLAN.state.values()) + 2_000_000))
-    with pytest.raises(PolicyRefusal, match="bytes; this architecture has"):
+    with pytest.raises(PolicyRefusal, match="bytes, expected at most"):
         checked_state(PLAN.protocol, huge)
 
 

@@ -185,11 +185,8 @@ def test_what_would_break_or_be_broken_by_the_noise_is_refused(changes: dict[str
 
 
 def test_a_norm_that_cannot_adapt_stops_before_training(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", **federation(clip_quantile=0.5))
-    sites = Sites(run)
     with pytest.raises(ConfigError, match="clip_quantile"):
-        run_rounds(run, sites, ignore)
-    assert sites.asked == []
+        make_run(tmp_path / "run", **federation(clip_quantile=0.5))
 
 
 def test_more_sites_than_the_cohort_stop_before_training(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ Array = NDArray[Any]
 State = dict[str, Array]  # name -> array of float32, of any shape
 Layout = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype)
 
-_META = "wardround"  # the one metadata key: safetensors writes several in no fixed order
+META = "wardround"  # the one metadata key: safetensors writes several in no fixed order
 
 
 _HEAD = re.compile(r"[0-9]{1,9}:[0-9a-f]{64}")
@@ -108,7 +108,8 @@ class Update:
     round: int  # from 1
     state: str  # state_hash of the state that the site started from
     declared: Declared
-    delta: State
+    delta: State  # as `encoding` has it
+    encoding: str = "float32"  # that of the protocol
 
     def to_bytes(self) -> bytes:
         """Return the update as one safetensors block; the same update gives the same bytes."""
@@ -128,7 +129,7 @@ class Update:
 def pack(tensors: Mapping[str, Array], header: Mapping[str, Any]) -> bytes:
     """Return named arrays and a JSON header as one safetensors block, bit-stable."""
     text = json.dumps(header, sort_keys=True)
-    block: bytes = save_tensors({name: np.asarray(a, order="C") for name, a in tensors.items()}, metadata={_META: text})
+    block: bytes = save_tensors({name: np.asarray(a, order="C") for name, a in tensors.items()}, metadata={META: text})
     return block
 
 
@@ -137,7 +138,7 @@ def unpack(block: bytes) -> tuple[State, dict[str, Any]]:
     try:
         tensors = load_tensors(block)
         (length,) = struct.unpack("<Q", block[:8])
-        header = json.loads(json.loads(block[8 : 8 + length])["__metadata__"][_META])
+        header = json.loads(json.loads(block[8 : 8 + length])["__metadata__"][META])
     except (SafetensorError, struct.error, KeyError, TypeError, ValueError) as error:
         raise UpdateError(
             f"a block of {len(block)} bytes is no whole update or state; it was cut or altered."
@@ -195,7 +196,7 @@ class Task:
     round: int  # from 1
     protocol: str  # the protocol as canonical JSON, from which the site computes the digest itself
     last_folded: int  # the last round in which this site's update counted; 0 for none
-    state: bytes  # the packed state to start from
+    state: bytes  # the packed state to start from; or, with the hashes `from` and `to` in its header, the step to it
     ledger: str = ""  # the newest length and head of the site's ledger that the coordinator has seen, LENGTH:HASH
 
 
@@ -203,5 +204,5 @@ class Task:
 class Refusal:
     """A site's answer where there is no update: a word for the record and one line for a person."""
 
-    code: str  # policy, budget, images, training, failed, silent, invalid
+    code: str  # policy, budget, images, training, failed, silent, invalid, state
     text: str  # no path, patient id or tag value

@@ -7,10 +7,11 @@ object, so a ViT sent tensor by tensor takes about four times the CPU of the sam
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from wardround.encoding import compress
 from wardround.errors import UpdateError
 from wardround.update import Refusal, Task
 
-VERSION = 2  # of this protocol on the wire; both ends must speak the same
+VERSION = 3  # of this protocol on the wire; both ends must speak the same
 
 
 def task_to_records(task: Task) -> RecordDict:
@@ -47,14 +48,14 @@ def records_to_task(records: RecordDict) -> Task:
 
 
 def answer_to_records(answer: bytes | Refusal) -> RecordDict:
-    """Return the records of an update's bytes, or of a refusal."""
+    """Return the records of an update's bytes, compressed, or of a refusal."""
     if isinstance(answer, Refusal):
         return RecordDict({"refusal": ConfigRecord({"code": answer.code, "text": answer.text})})
-    return RecordDict({"update": _block(answer)})
+    return RecordDict({"update": _block(compress(answer))})
 
 
 def message_to_answer(message: Message) -> bytes | Refusal:
-    """Return what a site answered; whatever is neither update nor refusal becomes a refusal."""
+    """Return what a site answered, compressed as it crossed; what is neither update nor refusal becomes a refusal."""
     if message.has_error():
         # Flower's own reason may quote the site's exception, so only its code is kept.
         return Refusal("failed", f"the site's process ended without an answer (Flower's error {message.error.code})")

@@ -5,7 +5,7 @@ from wardround.backbones.backbone import Backbone
 from wardround.backbones.build import build
 from wardround.backbones.families import FAMILIES, Family, family_of
 from wardround.backbones.normalisation import batch_normalised
-from wardround.backbones.onednn import fast_linear
+from wardround.backbones.onednn import fast_linear, product
 from wardround.backbones.release import released_model, save_release
 from wardround.backbones.vit import Token, ViT, initialise, resampled, sincos_positions, transformer
 
@@ -21,6 +21,7 @@ __all__ = [
     "fast_linear",
     "initialise",
     "load_into",
+    "product",
     "released_model",
     "reloaded",
     "resampled",

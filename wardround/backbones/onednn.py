@@ -30,6 +30,11 @@ def fast_linear() -> Iterator[None]:
         yield
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T as `fast_linear` would compute it, without a gradient: [..., I], [O, I] -> [..., O]."""
+    return _product(x, weight, None) if _mkl_is_slow() and _fits(x) else F.linear(x, weight)
+
+
 class _ByOneDNN(TorchFunctionMode):
     """Sends `F.linear` to oneDNN where its tensors are float32 on the CPU."""
 

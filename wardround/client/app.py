@@ -11,12 +11,12 @@ from wardround.client import policy
 from wardround.client.charge import charge
 from wardround.client.journal import Journal
 from wardround.client.local_round import local_round
-from wardround.config import SiteConfig, read_site
+from wardround.config import Protocol, SiteConfig, read_site
 from wardround.config.privacy import UnitPrivacyConfig
-from wardround.data import open_site
+from wardround.data import SiteImages, open_site
 from wardround.errors import BudgetExhausted, DataError, PolicyRefusal, UpdateError, WardroundError
 from wardround.ssl.devices import Machine
-from wardround.update import Refusal, Task, state_hash
+from wardround.update import Refusal, Task, state_hash, withholds
 from wardround.wire import answer_to_records, records_to_task
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def train(message: Message, context: Context) -> Message:
     """Answer one task with an update or a refusal; nothing that is raised crosses."""
     site = read_site(Path(str(context.node_config["site-config"])))
     try:
-        answer: bytes | Refusal = run_task(site, records_to_task(message.content))
+        answer = run_task(site, records_to_task(message.content))
     except (PolicyRefusal, UpdateError) as error:
         log.warning("site '%s' refuses: %s", site.name, error)
         answer = Refusal(CODES[type(error)], str(error))
@@ -49,17 +49,26 @@ def train(message: Message, context: Context) -> Message:
     return Message(answer_to_records(answer), reply_to=message)
 
 
-def run_task(site: SiteConfig, task: Task) -> bytes:
-    """Return the bytes of this site's update: replayed where the round is done, trained where not."""
+def run_task(site: SiteConfig, task: Task) -> bytes | Refusal:
+    """Return the bytes of this site's update: replayed where the round is done, trained where not.
+
+    A refusal where the task holds a step and this site lacks the state that the step starts from.
+    """
     protocol = policy.agreed_protocol(site, task)
-    state = policy.checked_state(protocol, task)
     journal = Journal(site.work, protocol.digest(), site.max_trainings_per_round)
+    steps = protocol.encoding != "float32"  # a step of float32 has as many bytes as a state
+    held = journal.held() if steps else None
+    state = policy.checked_state(protocol, task, held)
+    if state is None:
+        return Refusal("state", "it does not hold the state that the step starts from")
     done = journal.replay(task.round, state_hash(state))
     if done is not None:
         return done
     if protocol.privacy.unit == "site" and journal.released(task.round):
         raise PolicyRefusal(f"round {task.round} was released from another state already, and its noise pays for once.")
-    images = open_site(site, protocol.data)
+    if steps and state is not held:
+        journal.hold(state)
+    images = _opened(site, protocol)
     memory = journal.memory(task.last_folded)
     if memory is None:
         log.warning("site '%s': the site memory of round %d is lost; it starts anew", site.name, task.last_folded)
@@ -70,6 +79,16 @@ def run_task(site: SiteConfig, task: Task) -> bytes:
     block = update.to_bytes()
     journal.finish(task.round, block, memory)
     return block
+
+
+def _opened(site: SiteConfig, protocol: Protocol) -> SiteImages:
+    """Return the site's images; with a privacy unit, what ails them crosses not even as a word."""
+    try:
+        return open_site(site, protocol.data)
+    except DataError as error:
+        if withholds(protocol.privacy):
+            raise WardroundError(str(error)) from error
+        raise
 
 
 def machine(site: SiteConfig) -> Machine:

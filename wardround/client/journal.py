@@ -4,6 +4,8 @@ A finished round lies on disk before it is sent: the update as it crosses, and t
 it. Asked again for the same round from the same state, the site replays the bytes. Site memory
 advances only on what the server folded: two rounds are kept, and the next one continues from the
 memory of the round that the server names.
+
+Where states cross as steps, the last state that it trained from is kept too, for the next step to be added to.
 """
 
 import json
@@ -88,6 +90,17 @@ class Journal:
             return unpack((self._round(round) / "memory.safetensors").read_bytes())[0]
         except (OSError, UpdateError):
             return None
+
+    def held(self) -> State | None:
+        """Return the state that `hold` was given last, or None where it is lost or there was none."""
+        try:
+            return unpack((self.folder / "state.safetensors").read_bytes())[0]
+        except (OSError, UpdateError):
+            return None
+
+    def hold(self, state: State) -> None:
+        """Keep the state that a round trains from, in place of the one before."""
+        write_file(self.folder / "state.safetensors", pack(state, {}))
 
     def _round(self, round: int) -> Path:
         return self.folder / f"round-{round:05d}"

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from wardround import __version__
 from wardround import ssl as methods
+from wardround.client import correction
 from wardround.client.charge import Charged
 from wardround.config import Protocol
 from wardround.config.federation import TrainingConfig
 from wardround.config.privacy import SitePrivacyConfig, UnitPrivacyConfig
 from wardround.data import SiteImages
+from wardround.encoding import encode, keep, kept
 from wardround.errors import ConfigError
 from wardround.privacy.accounting import Mechanism
 from wardround.privacy.engine import Private
@@ -30,7 +32,8 @@ from wardround.update import Declared, State, Update, state_hash, withholds
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-_STAYS = "site."  # before the names of the site's own tensors in its memory
+# Before the names of the site's own tensors in its memory, and of what a correction keeps there; moments have none.
+_STAYS, _CORRECTION = "site.", "correction."
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Job:
     memory: State
     images: Callable[[], NDArray[np.uint8]]  # [N, C, S, S]
     machine: Machine
-    units: NDArray[np.int32]  # [N], which privacy unit each image belongs to
+    units: NDArray[np.int32]  # [N], which privacy unit each image belongs to; -1 takes no part
     mechanism: Mechanism | None  # of DP-SGD, where the protocol asks for it
 
 
@@ -53,6 +56,7 @@ class Done:
     """What the first of a site's processes has after a round."""
 
     state: State
+    beside: State  # what leaves with the delta, such as control variates
     memory: State
     losses: list[float]
     monitor: Monitor | None  # None where it would be withheld
@@ -76,16 +80,21 @@ def local_round(
     """
     started = time.monotonic()
     _refuse_unfit(protocol, machine)
-    units = np.arange(images.num_images, dtype=np.int32) if protocol.privacy.unit == "image" else images.patients
+    units = np.where(images.named, images.patients, -1)  # nobody can vouch for an image of nobody
+    if protocol.privacy.unit == "image":
+        units = np.arange(images.num_images, dtype=np.int32)
     mechanism = charged.mechanism if charged else None
     assert (mechanism is not None) == isinstance(protocol.privacy, UnitPrivacyConfig), "trained without a charge"
+    residual, memory = kept(memory)
     job = Job(protocol, site, round, state, memory, source(images.images), machine, units, mechanism)
     done = launch(train, machine, protocol.training.precision, job)
-    delta = {name: done.state[name] - old for name, old in state.items()}
+    delta = {name: new - state[name] for name, new in done.state.items()} | done.beside
     if isinstance(protocol.privacy, SitePrivacyConfig) and protocol.privacy.noise == "site":
         delta = privatise(delta, protocol.privacy, protocol.training.rounds)
     declared = declare(protocol, done, images, time.monotonic() - started, charged)
-    return Update(site, protocol.digest(), round, state_hash(state), declared, delta), done.memory
+    encoded, lost = encode(delta, protocol.encoding, residual)  # after the last noise
+    update = Update(site, protocol.digest(), round, state_hash(state), declared, encoded, protocol.encoding)
+    return update, done.memory | keep(lost)
 
 
 def declare(protocol: Protocol, done: Done, images: SiteImages, seconds: float, charged: Charged | None) -> Declared:
@@ -112,8 +121,9 @@ def train(fabric: "Fabric", job: Job) -> Done:
     protocol, training = job.protocol, job.protocol.training
     images = job.images()
     method = methods.build(protocol)
-    methods.set_state(method, job.state)
-    moments, site_tensors = split(job.memory)
+    incoming, server = correction.parted(job.state)
+    moments, site_tensors, own = split(job.memory)
+    methods.set_state(method, correction.start(training.correction, incoming, own))
     methods.set_site_tensors(method, site_tensors)
     if job.machine.checkpointing:
         method.backbone.checkpoint_activations()
@@ -123,11 +133,14 @@ def train(fabric: "Fabric", job: Job) -> Done:
         engine = Private(method, images, job.units, protocol, job.mechanism, fabric, job.machine.micro_batch)
     first = (job.round - 1) * training.local_steps
     label = f"site '{job.site}', round {job.round}"
-    trained = pretrain(method, engine, training, first, training.local_steps, moments, label)
-    memory = join(trained.moments, methods.get_site_tensors(method), training)
+    correct = correction.gradient_term(training.correction, incoming, server, own, fabric.device)
+    trained = pretrain(method, engine, training, first, training.local_steps, moments, label, correct)
+    state = methods.get_state(method)
+    own, beside = correction.finish(training, job.round, incoming, server, own, state)
+    memory = join(trained.moments, methods.get_site_tensors(method), own, training)
     unseen = withholds(protocol.privacy)
     monitor = None if unseen else watch(method.backbone, images, protocol, job.site, engine.micro_batch)
-    return Done(methods.get_state(method), memory, trained.losses, monitor)
+    return Done(state, beside, memory, trained.losses, monitor)
 
 
 def _refuse_unfit(protocol: Protocol, machine: Machine) -> None:
@@ -153,17 +166,25 @@ def source(images: NDArray[np.uint8]) -> Callable[[], NDArray[np.uint8]]:
     return partial(np.asarray, images)
 
 
-def join(moments: State, site_tensors: State, training: TrainingConfig) -> State:
-    """Return the site memory: the moments and what stays at the site, as far as the config keeps them."""
-    kept = moments if training.optimiser_state == "kept" else {}
-    return kept | {
-        f"{_STAYS}{name}": array
+def join(moments: State, site_tensors: State, corrections: State, training: TrainingConfig) -> State:
+    """Return the site memory: moments, what stays at the site, and a correction's, as far as the config keeps them."""
+    lasting = moments if training.optimiser_state == "kept" else {}
+    staying = {
+        name: array
         for name, array in site_tensors.items()
         if training.teacher_state == "kept" or not name.startswith("teacher.")
     }
+    return lasting | _marked(_STAYS, staying) | _marked(_CORRECTION, corrections)
 
 
-def split(memory: State) -> tuple[State, State]:
-    """Return the moments and the site's tensors that `join` put together."""
-    staying = {name.removeprefix(_STAYS): array for name, array in memory.items() if name.startswith(_STAYS)}
-    return {name: array for name, array in memory.items() if not name.startswith(_STAYS)}, staying
+def split(memory: State) -> tuple[State, State, State]:
+    """Return the moments, the site's tensors and the correction's that `join` put together."""
+    marks = (_STAYS, _CORRECTION)
+    staying, corrections = (
+        {name.removeprefix(mark): array for name, array in memory.items() if name.startswith(mark)} for mark in marks
+    )
+    return {name: array for name, array in memory.items() if not name.startswith(marks)}, staying, corrections
+
+
+def _marked(mark: str, tensors: State) -> State:
+    return {f"{mark}{name}": array for name, array in tensors.items()}

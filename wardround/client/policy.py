@@ -1,13 +1,14 @@
 """What a site enforces by itself, whatever the coordinator asks."""
 
 import json
-
-import numpy as np
+from collections.abc import Mapping
 
 from wardround.config import Protocol, SiteConfig, parse
+from wardround.config.correction import VARIATE
+from wardround.encoding import check_encoded, inflate, stepped
 from wardround.errors import ConfigError, PolicyRefusal, UpdateError
 from wardround.plan import architecture, refuse_unsound
-from wardround.update import State, Task, check_tensors, state_hash, unpack
+from wardround.update import Layout, State, Task, check_tensors, state_hash, unpack
 
 
 def agreed_protocol(site: SiteConfig, task: Task) -> Protocol:
@@ -35,17 +36,49 @@ def agreed_protocol(site: SiteConfig, task: Task) -> Protocol:
     return protocol
 
 
-def checked_state(protocol: Protocol, task: Task) -> State:
-    """Return the task's state, if it has the architecture that this site builds itself, all numbers finite."""
-    expected = architecture(protocol)
-    numbers = sum(int(np.prod(shape)) for shape, _ in expected.values())
-    if len(task.state) > 4 * numbers + 1_000_000:  # float32 and a generous header
-        raise PolicyRefusal(f"the state has {len(task.state)} bytes; this architecture has {4 * numbers}.")
+def checked_state(protocol: Protocol, task: Task, held: State | None = None) -> State | None:
+    """Return the task's state, if it has the architecture that this site builds itself, all numbers finite.
+
+    Where the task holds a step, `held` is what it is added to; None comes back where that does not lead
+    to the state that the coordinator names.
+    """
+    expected = received(protocol)
     try:
-        state, _ = unpack(task.state)
-        check_tensors("the coordinator's state", state, expected)
+        tensors, header = unpack(inflate(task.state, expected, "float32", "the coordinator's state"))
+        if "from" not in header:
+            check_tensors("the coordinator's state", tensors, expected)
+            state: State | None = tensors
+        else:
+            state = _from_held(protocol, tensors, header, expected, held)
     except UpdateError as error:
         raise PolicyRefusal(str(error)) from error
-    if task.round == 1 and state_hash(state) != protocol.initial_state:
+    if state is None:
+        return None
+    initial = {name: array for name, array in state.items() if not name.startswith(VARIATE)}
+    if task.round == 1 and state_hash(initial) != protocol.initial_state:
         raise PolicyRefusal("round 1 does not start from the initial weights that the approved protocol names.")
     return state
+
+
+def received(protocol: Protocol) -> Layout:
+    """Return what a site takes from the coordinator: its own architecture, with SCAFFOLD a control variate for each."""
+    layout = architecture(protocol)
+    if protocol.training.correction.name != "scaffold":
+        return layout
+    return layout | {f"{VARIATE}{name}": spec for name, spec in layout.items()}
+
+
+def _from_held(
+    protocol: Protocol, step: State, header: Mapping[str, object], expected: Layout, held: State | None
+) -> State | None:
+    """Return the state that a step leads to, or None where the one held is neither its beginning nor its end."""
+    check_encoded("the coordinator's step", step, expected, protocol.encoding)
+    if held is None:
+        return None
+    found = state_hash(held)
+    if found == header.get("to"):  # this round was begun before
+        return held
+    if found != header["from"]:
+        return None
+    state = stepped(held, step, protocol.encoding)
+    return state if state_hash(state) == header.get("to") else None

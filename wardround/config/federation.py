@@ -11,10 +11,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from wardround.config.aggregation import AggregationConfig
+from wardround.config.correction import CorrectionConfig, NoCorrectionConfig, ScaffoldConfig, refuse_unfit
 from wardround.config.method import MAEConfig, MethodConfig
 from wardround.config.privacy import NoPrivacyConfig, PrivacyConfig
 from wardround.config.strict import Name, Strict, digest
 from wardround.config.views import COMPARED_CROP, ViewsConfig
+
+Encoding = Literal["float32", "bfloat16", "int8"]
 
 
 class BackboneConfig(Strict):
@@ -128,9 +132,14 @@ class TrainingConfig(Strict):
     batch_size: int = Field(
         default=64, ge=2, le=65_536, description="Images a step; with differential privacy, units expected a step."
     )
-    learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(default=0.05, ge=0.0, le=1.0, description="Decoupled weight decay of AdamW.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Decay of AdamW's two moments, each in [0, 1).")
+    optimiser: Literal["adamw", "sgd"] = Field(default="adamw", description="The sites' own optimiser.")
+    learning_rate: float = Field(default=1e-3, gt=0.0, le=10.0, description="Peak learning rate of a local step.")
+    weight_decay: float = Field(
+        default=0.05, ge=0.0, le=1.0, description="Weight decay: decoupled in adamw, part of the gradient in sgd."
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="adamw: decay of its two moments, in [0, 1).")
+    local_momentum: float = Field(default=0.0, ge=0.0, lt=1.0, description="sgd: momentum of the local steps.")
+    correction: CorrectionConfig = Field(default=NoCorrectionConfig(), description="Against a site's drift.")
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up, counted over the federation.")
     clip_norm: float | None = Field(
         default=1.0,
@@ -170,23 +179,22 @@ class TrainingConfig(Strict):
             raise ValueError(f"betas = {list(self.betas)}: expected values in [0, 1)")
         return self
 
+    @model_validator(mode="after")
+    def _keys_fit_the_optimiser(self) -> Self:
+        if self.optimiser == "adamw" and self.local_momentum:
+            raise ValueError("local_momentum is a key of optimiser = 'sgd'; remove it, or set optimiser = 'sgd'")
+        plain = self.optimiser == "sgd" and self.local_momentum == 0.0 and self.layer_decay == 1.0
+        if isinstance(self.correction, ScaffoldConfig) and not plain:
+            raise ValueError(
+                "correction = 'scaffold' takes a site's step over its learning rate for a mean gradient, which only "
+                "plain SGD keeps; set optimiser = 'sgd', local_momentum = 0.0 and layer_decay = 1.0"
+            )
+        return self
+
     @property
     def total_steps(self) -> int:
         """Local steps of one site over the whole federation, which the schedule spans."""
         return self.rounds * self.local_steps
-
-
-class AggregationConfig(Strict):
-    """How the server folds updates into the state."""
-
-    weights: Literal["images", "declared", "uniform"] = Field(
-        default="images",
-        description="images: by distinct images indexed. declared: by [membership] weights. uniform: all alike.",
-    )
-    learning_rate: float = Field(
-        default=1.0, gt=0.0, le=10.0, description="Server SGD's rate; 1 without momentum is FedAvg."
-    )
-    momentum: float = Field(default=0.0, ge=0.0, lt=1.0, description="Server SGD's momentum (FedAvgM).")
 
 
 class Recipe(Strict):
@@ -194,6 +202,11 @@ class Recipe(Strict):
 
     name: Name = Field(description="The federation's name.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="The experiment's seed; never that of DP noise.")
+    encoding: Encoding = Field(
+        default="float32",
+        description="Numbers as they cross, up and down; what is lost is added to what crosses next. bfloat16: half "
+        "the bytes. int8: a quarter; not with noise = 'server' in [privacy].",
+    )
     backbone: BackboneConfig = Field(default=BackboneConfig(), description="The network that is kept.")
     method: MethodConfig = Field(default=MAEConfig(), description="The self-supervised method.")
     views: ViewsConfig = Field(default=ViewsConfig(), description="Augmentation.")
@@ -225,9 +238,19 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _the_correction_fits(self) -> Self:
+        refuse_unfit(self.training.correction, self.method, self.aggregation, self.privacy, self.encoding)
+        return self
+
+    @model_validator(mode="after")
     def _sites_as_units_are_all_alike(self) -> Self:
         if self.privacy.unit != "site":
             return self
+        if self.aggregation.rule != "mean" or self.aggregation.norm_bound is not None:
+            raise ValueError(
+                "[privacy] unit = 'site' bounds what each site adds to one sum, by its own clip; set [aggregation] "
+                "rule = 'mean' and remove norm_bound"
+            )
         if self.aggregation.weights != "uniform":
             raise ValueError(
                 f"[privacy] unit = 'site' bounds what each site adds to one sum, but [aggregation] weights = "
@@ -237,6 +260,11 @@ class Recipe(Strict):
             raise ValueError(
                 f"[privacy] unit = 'site' adds noise to the whole state, so to the {self.backbone.frozen_stages} "
                 "frozen_stages of [backbone] too; set frozen_stages = 0"
+            )
+        if self.privacy.noise == "server" and self.encoding == "int8":
+            raise ValueError(
+                "[privacy] noise = 'server' clips and hides what arrives, which encoding = 'int8' changes before and "
+                "after; take encoding = 'bfloat16' or 'float32'"
             )
         return self
 
@@ -290,7 +318,20 @@ class MembershipConfig(Strict):
         default=600.0,
         gt=0.0,
         le=86_400.0,
-        description="How long the server waits for the sites to be there, and again for their updates.",
+        description="How long the server waits for a round's sites to be there.",
+    )
+    round_seconds: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=8_640_000.0,
+        description="How long a round waits for updates once it is sent; what comes later is dropped. Unset: "
+        "wait_seconds.",
+    )
+    sites_per_round: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="How many sites are asked in a round, drawn by seed and round; unset: all of them.",
     )
     server_names: tuple[str, ...] = Field(
         default=("localhost", "127.0.0.1"),
@@ -305,6 +346,10 @@ class MembershipConfig(Strict):
                 raise ValueError(f"sites: the weight of '{site}' is {weight}; expected above 0")
         if self.sites and (self.min_sites or 0) > len(self.sites):
             raise ValueError(f"min_sites = {self.min_sites}: only {len(self.sites)} sites are listed")
+        if self.sites_per_round is not None and (self.min_sites or 0) > self.sites_per_round:
+            raise ValueError(
+                f"min_sites = {self.min_sites}: only sites_per_round = {self.sites_per_round} are asked; lower it"
+            )
         return self
 
 
@@ -335,6 +380,16 @@ class FederationConfig(Recipe):
     )
     membership: MembershipConfig = Field(default=MembershipConfig(), description="Sites and patience.")
     evaluation_set: EvaluationSetConfig | None = Field(default=None, description="The coordinator's own images.")
+
+    @model_validator(mode="after")
+    def _enough_sites_for_the_rule(self) -> Self:
+        least, given = self.aggregation.least_sites, self.membership.min_sites or 1
+        if given < least:
+            raise ValueError(
+                f"[aggregation] rule = '{self.aggregation.rule}' folds no fewer than {least} updates with these keys; "
+                f"set [membership] min_sites = {least} or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _phantoms_are_flat(self) -> Self:

@@ -1,8 +1,9 @@
 """The clipped sum of the units' gradients by book-keeping: one forward pass, one backward pass without weights."""
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,14 @@ def clipped_sum(
     gradient is not finite adds zero.
     """
     losses, found = unit_terms(method, inputs, group, inner)
-    squares = torch.stack([term.squares.double() for term in found]).sum(0)
-    return Clipped(weigh(method, found, weights(squares, clip)), losses)
+    squares = torch.stack([term.squares for term in found]).double().sum(0)
+    return Clipped(weigh(method, _taken_from(found), weights(squares, clip)), losses)
+
+
+def _taken_from(found: list[Term]) -> Iterator[Term]:
+    """Yield the terms and forget them, each of which holds what its layer was given."""
+    while found:
+        yield found.pop()
 
 
 def weights(squares: Tensor, clip: float) -> Tensor:
@@ -43,13 +50,24 @@ def weights(squares: Tensor, clip: float) -> Tensor:
     return torch.where(norms.isfinite(), (clip / norms).clamp(max=1.0), 0.0)
 
 
-def weigh(method: Decomposing, found: list[Term], share: Tensor) -> dict[str, Tensor]:
+def weigh(method: Decomposing, found: Iterable[Term], share: Tensor) -> dict[str, Tensor]:
     """Return the weighted sums by parameter name; zero where no gradient reached a parameter."""
-    names = {id(parameter): name for name, parameter in trained(method).items()}
-    sums = {name: torch.zeros_like(parameter) for name, parameter in trained(method).items()}
-    for term in found:
-        sums[names[id(term.parameter)]] += term.total(share.to(term.squares.dtype)).to(term.parameter.dtype)
-    return sums
+    sums: dict[int, Tensor] = {}
+    every = bool((share > 0).all())
+    with _exact_products(share):
+        for term in found:
+            total = term.weighted(share.to(term.squares.dtype), every).to(term.parameter.dtype)
+            key = id(term.parameter)
+            sums[key] = sums[key] + total if key in sums else total
+    parameters = trained(method)
+    return {name: sums[id(p)] if id(p) in sums else torch.zeros_like(p) for name, p in parameters.items()}
+
+
+@contextmanager
+def _exact_products(like: Tensor) -> Iterator[None]:
+    """Compute as written: without autocast, which would reach into the hooks, and without watching each function."""
+    with torch.autocast(like.device.type, enabled=False), torch._C.DisableTorchFunction():
+        yield
 
 
 def unit_terms(
@@ -79,7 +97,9 @@ class _Backward:
         for call in capture.calls:
             self.waiting[layer(call)] += 1
         refuse_shared(capture.calls, parameters)
-        torch.autograd.backward((losses * shares).sum())
+        joint = (losses * shares).sum()
+        with _exact_products(joint):
+            torch.autograd.backward(joint)
         return losses.detach(), self.found
 
     def arrive(self, call: Call) -> None:
@@ -87,8 +107,10 @@ class _Backward:
         key = layer(call)
         self.arrived[key].append(call)
         if len(self.arrived[key]) == self.waiting[key]:
-            calls = [(c, self.inner[self.order[id(c)]]) for c in self.arrived.pop(key)]
-            self.found += terms(calls, self.group)
+            calls = self.arrived.pop(key)
+            self.found += terms([(replace(c), self.inner[self.order[id(c)]]) for c in calls], self.group)
+            for c in calls:  # which the graph holds: what the terms do not need is freed here
+                c.inputs = c.gradient = None
 
 
 def layer(call: Call) -> Layer:

@@ -74,7 +74,7 @@ class Capture(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled() or not any(self._is_ours(value) for value in (*args, *kwargs.values())):
+        if not self._meets_ours((*args, *kwargs.values())) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if func in _RULES:
             return self._keep(func, _RULES[func](*args, **kwargs), args, kwargs)
@@ -86,10 +86,14 @@ class Capture(TorchFunctionMode):
             return self._keep(func, self._binary(func, *args), args, kwargs)
         raise self._no_rule(func, tensors)
 
+    def _meets_ours(self, values: Sequence[Any]) -> bool:
+        for value in values:  # no generator: this runs at every function of torch
+            if self._meets_ours(value) if isinstance(value, list | tuple) else self._is_ours(value):
+                return True
+        return False
+
     def _is_ours(self, value: Any) -> bool:
-        if isinstance(value, list | tuple):
-            return any(self._is_ours(inner) for inner in value)
-        return isinstance(value, Tensor) and (id(value) in self.names or id(value) in self._derived)
+        return id(value) in self.names or id(value) in self._derived
 
     def _known(self, value: Tensor) -> Derived:
         if id(value) in self._derived:
@@ -190,9 +194,15 @@ def _group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, ep
 
 
 def _embedding(
-    ids: Tensor, weight: Any, padding_idx: Any = None, max_norm: Any = None, _type: float = 2.0, *flags: bool
+    ids: Tensor,
+    weight: Any,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
 ) -> Call:
-    if padding_idx is not None or max_norm is not None or any(flags):
+    if padding_idx is not None or max_norm is not None or scale_grad_by_freq or sparse:
         raise ConfigError("[privacy]: an embedding with options has no rule; take another backbone.")
     return Call("embedding", weight, None, ids)
 

@@ -8,16 +8,19 @@ arXiv:2110.05679). Else it is instantiated, kept, and weighted later.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wardround.backbones import product
 from wardround.privacy.capture import Call
 from wardround.privacy.grouping import Grouping
 
-_CHUNK = 2**23  # numbers made at once while norms are taken
+_CHUNK = 2**22  # inner products at once while norms are taken
+_LARGE = 3 * 2**19  # products in a matrix product that is taken by itself on a CPU (benchmarks/LOG.md)
 # A ghost norm is a sum of products of inner products, whose rounding errors may exceed what is left after they
 # cancel. Adding a multiple of the largest error there can be keeps the norm from being understated.
 _MARGIN = 16.0
@@ -25,11 +28,15 @@ _MARGIN = 16.0
 
 @dataclass(frozen=True)
 class Term:
-    """The gradients of one parameter: `squares` [U] of their norms, and `total`: weights [U] -> their sum."""
+    """The gradients of one parameter: `squares` [U] of their norms, and what weighs them."""
 
     parameter: nn.Parameter
     squares: Tensor
-    total: Callable[[Tensor], Tensor]
+    weighted: Callable[[Tensor, bool], Tensor]  # the second: whether all weights are above zero
+
+    def total(self, weights: Tensor) -> Tensor:
+        """Return the sum of the gradients, each times its weight [U]; one of weight zero may be infinite."""
+        return self.weighted(weights, bool((weights > 0).all()))
 
 
 Found = list[tuple[Call, int]]  # all calls of one layer, each with its `inner` (see Grouping)
@@ -45,99 +52,136 @@ def terms(calls: Found, group: Grouping) -> Iterator[Term]:
 
 
 def _dense(calls: Found, group: Grouping) -> Iterator[Term]:
-    """Linear layers and convolutions: A [U, H, S, D] and G [U, H, S, P], H groups of a convolution."""
+    """Linear layers and convolutions: N positions of C inputs a unit, S of P outputs.
+
+    Unit gradients are kept where they are smaller than A and G. Elsewhere the norm is the ghost's, or where
+    strides make that dear, that of gradients which are then dropped.
+    """
     call, weight = calls[0][0], calls[0][0].weight
     if call.bias is not None:
-        yield _kept(call.bias, sum(group.summed(_over_places(c), inner) for c, inner in calls))  # type: ignore[arg-type]
+        yield _kept(call.bias, _sum(group.summed(_over_places(c), inner) for c, inner in calls))
     if weight is None:
         return
-    groups = call.settings.get("groups", 1)
-    positions = sum(_positions(c) * len(_gradient(c)) for c, _ in calls) // group.images * group.most
-    d, p = weight[0].numel(), weight.shape[0] // groups
+    a, g = (sum(x(c).numel() for c, _ in calls) // group.count for x in (_inputs, _gradient))
+    n, s = a // _channels(call, _inputs(call)), g // _channels(call, _gradient(call))
     if any(c.derived for c, _ in calls):
-        yield _kept(weight, _sum([_through(c, _each([(c, inner)], group, positions * d)) for c, inner in calls]))
-    elif positions * (d + p) < d * p:
-        squares = torch.cat([_ghost(a, g) for a, g in _chunks(calls, group, positions**2)])
-        yield Term(weight, squares, lambda weights: _weighted(calls, weights, group))
+        yield _kept(weight, _sum(_through(c, _each(c, group, inner)) for c, inner in calls))
+    elif weight.numel() <= a + g:
+        yield _kept(weight, _sum(_each(c, group, inner) for c, inner in calls))
     else:
-        yield _kept(weight, _each(calls, group, positions * d))
+        ghost = n * a + s * g < s * weight.numel()
+        squares = _ghost(calls, group) if ghost else _squares(_sum(_each(c, group, inner) for c, inner in calls))
+        yield Term(weight, squares, partial(_weighted, calls, group))
 
 
-def _each(calls: Found, group: Grouping, numbers: int) -> Tensor:
-    """Return the units' gradients of a dense layer: [U, H, P, D]."""
-    return torch.cat([g.transpose(-1, -2) @ a for a, g in _chunks(calls, group, numbers)])
-
-
-def _chunks(calls: Found, group: Grouping, numbers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield A and G of some units at a time, in float32 at least, so that `numbers` a unit stay in bounds."""
-    at_once = max(1, _CHUNK // max(1, numbers))
-    parts = [(c, group.by_unit(_inputs(c), inner), group.by_unit(_gradient(c), inner)) for c, inner in calls]
-    for first in range(0, group.count, at_once):
-        some = slice(first, first + at_once)
-        pairs = [_unfolded(c, a[some], g[some]) for c, a, g in parts]
-        yield (
-            pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs], 2), torch.cat([g for _, g in pairs], 2))
-        )
-
-
-def _unfolded(call: Call, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a layer's A [U, H, S, D] and G [U, H, S, P] from [U, R, ...] of both."""
-    a, g = _wide(a), _wide(g)
+def _each(call: Call, group: Grouping, inner: int) -> Tensor:
+    """Return the units' gradients of a dense layer's weight: [U, *weight]."""
+    inputs, gradient = _wide(_inputs(call)), _wide(_gradient(call))
     if call.kind == "linear":
-        return a.reshape(len(a), 1, -1, a.shape[-1]), g.reshape(len(g), 1, -1, g.shape[-1])
-    groups, kernel = call.settings["groups"], call.weight.shape[2:]  # type: ignore[union-attr]
-    units, rows = a.shape[:2]
-    patches = _patches(a.flatten(0, 1), kernel, call)  # [U * R, C * K, L]
-    a = patches.view(units, rows, groups, -1, patches.shape[-1]).permute(0, 2, 1, 4, 3).flatten(2, 3)
-    g = g.reshape(units, rows, groups, g.shape[2] // groups, -1).permute(0, 2, 1, 4, 3).flatten(2, 3)
-    return a, g
+        a, g = (group.by_unit(x, inner).flatten(1, -2) for x in (inputs, gradient))
+        return _products(g.mT, a.mT)
+    # One after the other: on a CPU 2 to 5 times as fast as a batched product of what the positions see.
+    pairs = zip(group.each_unit(inputs, inner), group.each_unit(gradient, inner), strict=True)
+    return torch.stack([_of_convolution(call, a, g) for a, g in pairs])
 
 
-def _patches(x: Tensor, kernel: tuple[int, ...], call: Call) -> Tensor:
-    """Return what each position of a convolution sees: [N, C, *size] -> [N, C * K, L]."""
-    stride, padding, dilation = (call.settings[key] for key in ("stride", "padding", "dilation"))
-    if len(kernel) == 2:
-        return F.unfold(x, kernel, dilation, padding, stride)
-    x = F.pad(x, [edge for axis in reversed(padding) for edge in (axis, axis)])
-    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
-        x = x.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
-    axes = len(kernel)
-    x = x.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
-    return x.reshape(len(x), -1, prod(x.shape[-axes:]))
-
-
-def _ghost(a: Tensor, g: Tensor) -> Tensor:
-    """Return each unit's squared norm, [U], not below the true one: [U, H, S, D] and [U, H, S, P]."""
-    of_a, of_g = a @ a.transpose(-1, -2), g @ g.transpose(-1, -2)
-    lengths = (of_a.diagonal(dim1=-2, dim2=-1) * of_g.diagonal(dim1=-2, dim2=-1)).sqrt()
-    error = _MARGIN * torch.finfo(a.dtype).eps * lengths.sum(-1).square()
-    return (of_a.mul_(of_g).sum((-1, -2)) + error).sum(1).clamp(min=0)
-
-
-def _weighted(calls: Found, weights: Tensor, group: Grouping) -> Tensor:
-    """Return the sum of the units' gradients, each times its weight, by one product a call."""
-    return sum((_product(call, weights, inner, group) for call, inner in calls), start=torch.zeros(()))
-
-
-def _product(call: Call, weights: Tensor, inner: int, group: Grouping) -> Tensor:
+def _of_convolution(call: Call, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of a convolution's weight."""
     assert call.weight is not None
-    share = group.of_rows(weights, len(_gradient(call)), inner)
-    scaled = _silenced(_wide(_gradient(call)), share) * _broadcast(share, _gradient(call))
-    inputs = _silenced(_wide(_inputs(call)), share)
-    if call.kind == "linear":
-        scaled, inputs = scaled.reshape(-1, scaled.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
-        return F.linear(scaled.t(), inputs.t())
-    settings, axes = call.settings, inputs.ndim - 2
+    settings = call.settings
     _, total, _ = torch.ops.aten.convolution_backward(
-        scaled, inputs, call.weight.to(inputs.dtype), None, settings["stride"], settings["padding"],
-        settings["dilation"], False, [0] * axes, settings["groups"], [False, True, False],
+        gradient, inputs, call.weight.to(inputs.dtype), None, settings["stride"], settings["padding"],
+        settings["dilation"], False, [0] * (inputs.ndim - 2), settings["groups"], [False, True, False],
     )  # fmt: skip
     return total  # type: ignore[no-any-return]
 
 
+def _ghost(calls: Found, group: Grouping) -> Tensor:
+    """Return each unit's squared norm, [U], not below the true one."""
+    parts = [
+        (c, _matrices(c, _inputs(c), group, inner), _matrices(c, _gradient(c), group, inner)) for c, inner in calls
+    ]
+    stack, positions = len(parts[0][1]), sum(a.shape[1] for _, a, _ in parts)
+    at_once = max(1, _CHUNK // positions**2)
+    some = (slice(first, first + at_once) for first in range(0, stack, at_once))
+    return torch.cat([_ghost_of([(c, a[at], g[at]) for c, a, g in parts]) for at in some]).view(group.count, -1).sum(1)
+
+
+def _ghost_of(parts: list[tuple[Call, Tensor, Tensor]]) -> Tensor:
+    """Return squared norms, [M]: calls with A [M, N, D] and G [M, S, P]."""
+    squares, lengths = [], []
+    for place, (call, a, g) in enumerate(parts):
+        for earlier, (other, b, h) in enumerate(parts[: place + 1]):
+            of_a, of_g = _seen(call, other, _products(a, b)), _products(g, h)
+            squares.append((of_a * of_g).sum((1, 2)).mul(1 if earlier == place else 2))
+        lengths.append((of_a.diagonal(dim1=1, dim2=2) * of_g.diagonal(dim1=1, dim2=2)).sqrt().sum(1))
+    error = _MARGIN * torch.finfo(of_a.dtype).eps * _sum(lengths).square()
+    return (_sum(squares) + error).clamp(min=0)
+
+
+def _matrices(call: Call, x: Tensor, group: Grouping, inner: int) -> Tensor:
+    """Return the positions of each unit, and of each group of a convolution, as rows: [M, N, C]."""
+    x = _wide(group.by_unit(x, inner))
+    if call.kind == "linear":
+        return x.flatten(1, -2)
+    x = x.reshape(*x.shape[:2], call.settings["groups"], x.shape[2] // call.settings["groups"], -1)
+    return x.permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1).mT
+
+
+def _seen(call: Call, other: Call, products: Tensor) -> Tensor:
+    """Return the inner products of what positions of the output see, from those of the input's: -> [M, S, S'].
+
+    What two positions of a convolution see has the inner product of the inputs under the kernel's first place,
+    plus that under its second, and so on, one axis after the other. So nothing is unfolded.
+    """
+    if call.kind == "linear":
+        return products
+    assert call.weight is not None
+    kernel = call.weight.shape[2:]
+    (mine, went_in), (theirs, others_in) = ((_gradient(c).shape[2:], _inputs(c).shape[2:]) for c in (call, other))
+    rows = [n // prod(size) for n, size in zip(products.shape[1:], (went_in, others_in), strict=True)]
+    products = products.view(-1, rows[0], *went_in, rows[1], *others_in)
+    edges = [edge for pad in reversed(call.settings["padding"]) for edge in (pad, pad)]
+    if any(edges):
+        products = F.pad(products, [*edges, 0, 0, *edges])
+    for axis, places in enumerate(kernel):
+        step, gap = call.settings["stride"][axis], call.settings["dilation"][axis]
+        here, there = 2 + axis, 3 + len(kernel) + axis
+        products = _sum(
+            _every(_every(products, here, first * gap, step, mine[axis]), there, first * gap, step, theirs[axis])
+            for first in range(places)
+        )
+    return products.flatten(2 + len(kernel)).flatten(1, 1 + len(kernel))
+
+
+def _every(x: Tensor, axis: int, first: int, step: int, count: int) -> Tensor:
+    """Return `count` places along an axis, `step` apart."""
+    return x[(slice(None),) * axis + (slice(first, first + (count - 1) * step + 1, step),)]
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b^T of each of a stack of matrices: [M, N, C], [M, N', C] -> [M, N, N']."""
+    if a.device.type == "cpu" and a.shape[1] * a.shape[2] * b.shape[1] >= _LARGE:
+        return torch.stack([product(x, y) for x, y in zip(a, b, strict=True)])
+    return torch.bmm(a, b.mT)
+
+
+def _weighted(calls: Found, group: Grouping, weights: Tensor, every: bool) -> Tensor:
+    """Return the sum of the units' gradients, each times its weight, by one product a call."""
+    return _sum(_product(call, group.of_rows(weights, len(_gradient(call)), inner), every) for call, inner in calls)
+
+
+def _product(call: Call, share: Tensor, every: bool) -> Tensor:
+    inputs, gradient = (_wide(x) if every else _silenced(_wide(x), share) for x in (_inputs(call), _gradient(call)))
+    gradient = gradient * _broadcast(share, gradient)
+    if call.kind == "linear":
+        return product(gradient.flatten(0, -2).t(), inputs.flatten(0, -2).t())
+    return _of_convolution(call, inputs, gradient)
+
+
 def _silenced(rows: Tensor, share: Tensor) -> Tensor:
     """Return rows with zeros where their unit has no weight: zero times infinity would be no number."""
-    return rows if bool((share > 0).all()) else rows.where(_broadcast(share, rows) > 0, 0.0)
+    return rows.where(_broadcast(share, rows) > 0, 0.0)
 
 
 def _layer_norm(calls: Found, group: Grouping) -> Iterator[Term]:
@@ -193,9 +237,11 @@ def _embedding(calls: Found, group: Grouping) -> Iterator[Term]:
     ids = torch.cat([group.by_unit(_inputs(c) + 1, inner).flatten(1) for c, inner in calls], 1)  # 0: padding
     g = torch.cat([_wide(group.by_unit(_gradient(c), inner)).flatten(1, -2) for c, inner in calls], 1)
     same = (ids.unsqueeze(1) == ids.unsqueeze(2)) & (ids > 0).unsqueeze(1)
-    squares = (g @ g.transpose(1, 2) * same).sum((1, 2)).clamp(min=0)
+    lengths = g.norm(dim=-1)
+    error = _MARGIN * torch.finfo(g.dtype).eps * (lengths.unsqueeze(1) * lengths.unsqueeze(2) * same).sum((1, 2))
+    squares = ((g @ g.mT * same).sum((1, 2)) + error).clamp(min=0)
 
-    def total(weights: Tensor) -> Tensor:
+    def total(weights: Tensor, every: bool) -> Tensor:
         rows = g.where((weights > 0)[:, None, None], 0.0) * weights[:, None, None]
         table = g.new_zeros(len(weight) + 1, g.shape[-1])
         return table.index_add_(0, ids.flatten(), rows.flatten(0, 1))[1:]
@@ -217,11 +263,15 @@ def _kept(parameter: nn.Parameter, each: Tensor) -> Term:
     """Return the term of a parameter whose gradients are kept: [U, ...]."""
     flat = each.flatten(1)
 
-    def total(weights: Tensor) -> Tensor:
-        good = flat if bool((weights > 0).all()) else flat.where((weights > 0).unsqueeze(1), 0.0)
-        return (weights @ good).view(parameter.shape)
+    def total(weights: Tensor, every: bool) -> Tensor:
+        return (weights @ (flat if every else _silenced(flat, weights))).view(parameter.shape)
 
-    return Term(parameter, flat.square().sum(1), total)
+    return Term(parameter, _squares(flat), total)
+
+
+def _squares(each: Tensor) -> Tensor:
+    """Return the units' squared norms: [U, ...] -> [U]."""
+    return each.flatten(1).square().sum(1)
 
 
 def _over_places(call: Call) -> Tensor:
@@ -235,10 +285,9 @@ def _over(x: Tensor, first: int, end: int) -> Tensor:
     return x.sum(tuple(range(first, end))) if first < end else x
 
 
-def _positions(call: Call) -> int:
-    """Return how many positions a row of a dense layer's output has."""
-    shape = _gradient(call).shape
-    return prod(shape[1:-1]) if call.kind == "linear" else prod(shape[2:])
+def _channels(call: Call, x: Tensor) -> int:
+    """Return how many numbers a dense layer has at a position."""
+    return x.shape[-1 if call.kind == "linear" else 1]
 
 
 def _inputs(call: Call) -> Tensor:

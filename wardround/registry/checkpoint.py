@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from wardround.registry.durable import new_folder, write_file
 from wardround.update import State, pack, state_hash, unpack
 
 MANIFEST = "manifest.json"
-FILES = ("state.safetensors", "server.safetensors")
+STATE, SERVER, STEP = "state.safetensors", "server.safetensors", "step.safetensors"
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,16 @@ class Checkpoint:
     round: int  # 0 is the initial state
     protocol: str  # protocol digest
     state: State
-    server: State  # the server optimiser's own tensors
+    server: State  # the server's own tensors: its optimiser's, and the residual of what it sends
     record: dict[str, Any]  # who took part and how: what the manifest shows a person
+    step: State = field(default_factory=dict)  # encoded, from the state before; empty where none is sent
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint: the folder appears whole or not at all."""
-    blocks = dict(zip(FILES, (pack(checkpoint.state, {}), pack(checkpoint.server, {})), strict=True))
+    blocks = {STATE: pack(checkpoint.state, {}), SERVER: pack(checkpoint.server, {})}
+    if checkpoint.step:
+        blocks[STEP] = pack(checkpoint.step, {})
     manifest = {
         "format": 1,
         "round": checkpoint.round,
@@ -45,17 +48,17 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
 def read(folder: Path) -> Checkpoint:
     """Return a committed checkpoint. Raises CheckpointError where a file is missing, cut or altered."""
     manifest = read_manifest(folder)
-    tensors = []
-    for name in FILES:
+    tensors: dict[str, State] = {STEP: {}}
+    for name in (STATE, SERVER, *({STEP} & manifest["files"].keys())):
         try:
             block = (folder / name).read_bytes()
             if hashlib.sha256(block).hexdigest() != manifest["files"][name]:
                 raise CheckpointError(_damaged(folder, f"'{name}' differs from its hash in the manifest"))
-            tensors.append(unpack(block)[0])
+            tensors[name] = unpack(block)[0]
         except (OSError, KeyError, UpdateError) as error:
             raise CheckpointError(_damaged(folder, f"'{name}' cannot be read")) from error
-    state, server = tensors
-    return Checkpoint(manifest["round"], manifest["protocol"], state, server, manifest["record"])
+    round, protocol, record = (manifest[key] for key in ("round", "protocol", "record"))
+    return Checkpoint(round, protocol, tensors[STATE], tensors[SERVER], record, tensors[STEP])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -40,7 +40,11 @@ class Fleet:
     def __init__(self, grid: Grid, run: RunFolder) -> None:
         self.grid = grid
         self.sites = {key.encode(): site for site, key in run.members.items()}
-        self.patience = run.config.membership.wait_seconds
+        membership = run.config.membership
+        self.patience = membership.wait_seconds
+        self.deadline = membership.round_seconds or membership.wait_seconds
+        self.late: dict[str, tuple[str, int]] = {}  # message -> site and round of answers that are still out
+        self.dropped = 0
 
     def ask(self, tasks: Mapping[str, Task]) -> Iterator[tuple[str, bytes | Refusal]]:
         """Yield the answers to the tasks as they come; who stays silent is refused as silent."""
@@ -54,16 +58,32 @@ class Fleet:
             for site, node in nodes.items()
         ]
         waiting = dict(zip(self.grid.push_messages(messages), nodes, strict=True))
-        deadline = time.monotonic() + self.patience
+        deadline = time.monotonic() + self.deadline
         while waiting and time.monotonic() < deadline:
             # One at a time, so that no more than one update is in memory.
             for message_id in list(waiting):
                 for reply in self.grid.pull_messages([message_id]):
                     yield waiting.pop(message_id), message_to_answer(reply)
             if waiting:
+                self.drop_late()
                 time.sleep(POLL_SECONDS)
-        for site in waiting.values():
-            yield site, Refusal("silent", f"sent nothing for {self.patience:.0f} s")
+        for message_id, site in waiting.items():
+            self.late[message_id] = (site, tasks[site].round)
+            yield site, Refusal("silent", f"sent nothing for {self.deadline:.0f} s")
+
+    def drop_late(self) -> None:
+        """Take what has come for rounds that are over, so that it lies nowhere, and say so."""
+        for message_id, (site, number) in list(self.late.items()):
+            for _ in self.grid.pull_messages([message_id]):
+                del self.late[message_id]
+                self.dropped += 1
+                log.warning(
+                    "warning: site '%s': its answer to round %d came after the round was over and is dropped "
+                    "(%d so far); raise [membership] round_seconds where that happens often",
+                    site,
+                    number,
+                    self.dropped,
+                )
 
     def wait_for(self, sites: list[str]) -> dict[str, int]:
         """Return the node of each site that is connected; wait for all of them, but not for ever."""

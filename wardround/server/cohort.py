@@ -1,5 +1,6 @@
 """Who is asked in a round, and how much each site's update weighs."""
 
+import random
 from collections.abc import Mapping, Sequence
 
 from wardround.config import FederationConfig
@@ -9,8 +10,8 @@ from wardround.privacy import site_level
 from wardround.update import Declared
 
 
-def choose(config: FederationConfig, members: Sequence[str]) -> list[str]:
-    """Return the sites of a round, by name: all of them.
+def choose(config: FederationConfig, members: Sequence[str], round: int) -> list[str]:
+    """Return the sites of a round, by name: all of them, or as many as are asked, drawn by seed and round.
 
     Raises ConfigError where declared numbers do not carry the privacy that is promised; nothing is trained then.
     """
@@ -24,7 +25,15 @@ def choose(config: FederationConfig, members: Sequence[str]) -> list[str]:
         if len(members) > privacy.cohort:
             raise ConfigError(f"[privacy] cohort = {privacy.cohort}: there are {len(members)} sites; declare them all.")
         site_level.noise(privacy, config.training.rounds)
-    return sorted(members)
+    asked, least = config.membership.sites_per_round, config.aggregation.least_sites
+    if min(asked or len(members), len(members)) < least:
+        raise ConfigError(
+            f"[aggregation] rule = '{config.aggregation.rule}': needs the updates of {least} sites, and a round asks "
+            f"{min(asked or len(members), len(members))}; ask more sites, or take rule = 'mean'."
+        )
+    if asked is None or asked >= len(members):
+        return sorted(members)
+    return sorted(random.Random(f"{config.seed}|cohort|{round}").sample(sorted(members), asked))  # noqa: S311  # no secret
 
 
 def enough(config: FederationConfig, cohort: Sequence[str], exhausted: int = 0) -> int:

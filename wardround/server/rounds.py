@@ -8,20 +8,22 @@ folded as it was decided.
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from wardround.config.federation import Encoding
 from wardround.config.privacy import SitePrivacyConfig, UnitPrivacyConfig
+from wardround.encoding import check_encoded, compress, encode, inflate, keep, kept, stepped
 from wardround.errors import UpdateError
 from wardround.privacy import site_level
 from wardround.registry import checkpoint
 from wardround.registry.checkpoint import Checkpoint
 from wardround.registry.versions import versions
 from wardround.server import cohort
-from wardround.server.aggregate import Read, fold, weighted_mean
+from wardround.server.aggregate import Read, fold, next_variates, with_variates
+from wardround.server.robust import folded
 from wardround.server.run_folder import RunFolder
 from wardround.server.spool import Closed, Spool
 from wardround.update import (
@@ -30,7 +32,6 @@ from wardround.update import (
     State,
     Task,
     Update,
-    check_tensors,
     layout,
     pack,
     state_hash,
@@ -44,8 +45,8 @@ Ask = Callable[[Mapping[str, Task]], Iterator[tuple[str, bytes | Refusal]]]
 
 def run_rounds(run: RunFolder, ask: Ask, committed: Callable[[int], None]) -> None:
     """Train until the last round is committed; `committed` is called after each commit."""
-    done = run.committed()[-1]
-    last = run.checkpoint(done)
+    last = run.newest()
+    done = last.round
     todo = range(done + 1, run.config.training.rounds + 1)
     for number in tqdm(todo, "rounds", initial=done, total=run.config.training.rounds, unit="round", disable=None):
         last = run_round(run, last, number, ask)
@@ -59,9 +60,10 @@ def run_round(run: RunFolder, last: Checkpoint, number: int, ask: Ask) -> Checkp
     closed = spool.closed() or collect(run, last, spool, number, ask)
     weights = cohort.weights(run.config, closed.declared)
     with spool.reader(closed) as read:
-        state, server = next_state(run, last, read, weights)
+        after, server = next_state(run, last, read, weights)
+    state, server, step = publish(run.protocol.encoding, last, after, server)
     record = _record(run, closed, weights, last, time.time() - started)
-    new = Checkpoint(number, run.digest, state, server, record)
+    new = Checkpoint(number, run.digest, state, server, record, step)
     checkpoint.write(run.round(number) / "checkpoint", new)
     spool.drop_updates()
     return new
@@ -73,39 +75,70 @@ def next_state(run: RunFolder, last: Checkpoint, read: Read, weights: dict[str, 
     Where a site is the privacy unit and the server adds the noise, it is fresh at every call: only what
     the commit's rename publishes may be seen.
     """
-    privacy, rounds = run.config.privacy, run.config.training.rounds
-    mean = partial(weighted_mean, read, weights)
-    if not isinstance(privacy, SitePrivacyConfig):
-        return fold(last.state, last.server, mean, run.config.aggregation)
-    if privacy.noise == "site":
+    config, privacy, rounds = run.config.aggregation, run.config.privacy, run.config.training.rounds
+    if isinstance(privacy, SitePrivacyConfig) and privacy.noise == "server":
+        clip = float(last.server.get(site_level.CLIP, np.float64(privacy.clip)))
+        noisy, clip = site_level.noisy_mean(read, weights, last.state, privacy, rounds, clip)
+        state, server = fold(last.state, last.server, noisy, config)
+        return state, {**server, site_level.CLIP: np.array(clip)}
+    delta = folded(read, weights, last.state, config)
+    if isinstance(privacy, SitePrivacyConfig):
         present = len(weights) / privacy.cohort  # the mean over the declared cohort
-        return fold(last.state, last.server, lambda name: present * mean(name), run.config.aggregation)
-    clip = float(last.server.get(site_level.CLIP, np.float64(privacy.clip)))
-    noisy, clip = site_level.noisy_mean(read, weights, last.state, privacy, rounds, clip)
-    state, server = fold(last.state, last.server, noisy, run.config.aggregation)
-    return state, {**server, site_level.CLIP: np.array(clip)}
+        return fold(last.state, last.server, lambda name: present * delta(name), config)
+    state, server = fold(last.state, last.server, delta, config)
+    if run.config.training.correction.name == "scaffold":
+        server |= next_variates(read, weights, len(run.members), last.state, last.server)
+    return state, server
+
+
+def outgoing(run: RunFolder, last: Checkpoint) -> State:
+    """Return the tensors that sites start from."""
+    carries = run.config.training.correction.name == "scaffold"
+    return with_variates(last.state, last.server) if carries else last.state
+
+
+def publish(kind: Encoding, last: Checkpoint, aim: State, server: State) -> tuple[State, State, State]:
+    """Return the state to commit, the server's tensors with the next residual, and the encoded step to that state.
+
+    What is committed is what a site gets that adds the step to the state before. A float32 step would cost
+    as much as the state itself, and none is made.
+    """
+    if kind == "float32":
+        return aim, server, {}
+    moved = {name: new - last.state[name] for name, new in aim.items()}
+    step, lost = encode(moved, kind, kept(last.server)[0])
+    return stepped(last.state, step, kind), server | keep(lost), step
 
 
 def collect(run: RunFolder, last: Checkpoint, spool: Spool, number: int, ask: Ask) -> Closed:
     """Return the decision on a round: ask whoever has not answered, check and keep what comes, close."""
     asked = spool.cohort()
     if asked is None:
-        asked = cohort.choose(run.config, list(run.members))
+        asked = cohort.choose(run.config, list(run.members), number)
         spool.open(asked)
     missing = sorted(set(asked) - set(spool.arrived()))
     refused: dict[str, Refusal] = {}
     ledgers: dict[str, str] = {}
-    tasks = _tasks(run, last, number, missing)
-    for site, answer in ask(tasks) if tasks else ():
-        if isinstance(answer, Refusal):
-            refused[site] = answer
-            continue
-        try:
-            check_update(run, site, number, last.state, answer)
-            spool.add(site, answer)
-        except UpdateError as error:
-            refused[site] = Refusal("invalid", str(error))
-            ledgers |= _ledger_of(site, answer)
+    received: dict[str, int] = {}
+    state = outgoing(run, last)
+    sent = 0
+    for whole in (False, True):  # who lacks the state that its step starts from is asked again with the whole one
+        tasks = _tasks(run, last, number, missing, whole)
+        missing = []
+        sent += sum(len(task.state) for task in tasks.values())
+        for site, answer in ask(tasks) if tasks else ():
+            if isinstance(answer, Refusal):
+                refused[site] = answer
+                if answer.code == "state" and not whole:
+                    missing.append(site)
+                continue
+            received[site] = len(answer)
+            try:
+                spool.add(site, check_update(run, site, number, state, answer))
+                refused.pop(site, None)
+            except UpdateError as error:
+                refused[site] = Refusal("invalid", str(error))
+                ledgers |= _ledger_of(run, site, state, answer)
     exhausted = sum(refusal.code == "budget" for refusal in refused.values())  # they will not come back
     arrived, needed = len(spool.arrived()), cohort.enough(run.config, asked, exhausted)
     if arrived < needed:
@@ -114,16 +147,18 @@ def collect(run: RunFolder, last: Checkpoint, spool: Spool, number: int, ask: As
             f"round {number}: {arrived} of {len(asked)} sites gave an update, {needed} are needed. "
             f"{reasons.rstrip('.')}. What arrived is kept; start the same command again to ask the others anew."
         )
-    return spool.close(refused, ledgers)
+    return spool.close(refused, ledgers, received, sent)
 
 
-def check_update(run: RunFolder, site: str, number: int, state: State, block: bytes) -> None:
-    """Raise UpdateError unless a block is this site's update, of this round, from this state, and sound."""
-    limit = sum(array.nbytes for array in state.values()) + 1_000_000
-    if len(block) > limit:
-        raise UpdateError(f"site '{site}': its update has {len(block)} bytes, expected at most {limit}.")
+def check_update(run: RunFolder, site: str, number: int, state: State, answer: bytes) -> bytes:
+    """Return the block in an answer, to be spooled.
+
+    Raises UpdateError unless it is this site's update, of this round, from this state, and sound.
+    """
+    kind, shapes = run.protocol.encoding, layout(state)
+    block = inflate(answer, shapes, kind, f"site '{site}': its update")
     update = Update.from_bytes(block)
-    expected = {"site": site, "protocol": run.digest, "round": number, "state": state_hash(state)}
+    expected = {"site": site, "protocol": run.digest, "round": number, "state": state_hash(state), "encoding": kind}
     for field, value in expected.items():
         if (found := getattr(update, field)) != value:
             raise UpdateError(
@@ -131,7 +166,8 @@ def check_update(run: RunFolder, site: str, number: int, state: State, block: by
                 "Compare its protocol digest with 'wardround check'."
             )
     _check_declared(run, site, update.declared)
-    check_tensors(f"site '{site}'", update.delta, layout(state))
+    check_encoded(f"site '{site}'", update.delta, shapes, kind)
+    return block
 
 
 def _check_declared(run: RunFolder, site: str, declared: Declared) -> None:
@@ -151,21 +187,30 @@ def _check_declared(run: RunFolder, site: str, declared: Declared) -> None:
         raise UpdateError(f"{who}: declares {declared.images} images and {declared.steps} steps.")
 
 
-def _ledger_of(site: str, block: bytes) -> dict[str, str]:
+def _ledger_of(run: RunFolder, site: str, state: State, answer: bytes) -> dict[str, str]:
     """Return the ledger's head in a refused update by its site; empty where none can be read."""
     try:
-        head = Update.from_bytes(block).declared.ledger
+        head = Update.from_bytes(inflate(answer, layout(state), run.protocol.encoding, "")).declared.ledger
     except UpdateError:
         return {}
     return {} if head is None else {site: head}
 
 
-def _tasks(run: RunFolder, last: Checkpoint, number: int, sites: list[str]) -> dict[str, Task]:
-    """Return each site's task; they share one block of bytes."""
-    state = pack(last.state, {})
+def _tasks(run: RunFolder, last: Checkpoint, number: int, sites: list[str], whole: bool) -> dict[str, Task]:
+    """Return each site's task; those with the whole state share one block of bytes, those with a step another.
+
+    Whose update was folded in the last round began it from the state that the step starts from.
+    """
     protocol = json.dumps(run.protocol.model_dump(mode="json"), sort_keys=True)
     folded, ledgers = last.record.get("last_folded", {}), last.record.get("ledgers", {})
-    return {site: Task(number, protocol, folded.get(site, 0), state, ledgers.get(site, "")) for site in sites}
+    near = [site for site in sites if last.step and folded.get(site) == last.round and not whole]
+    hashes = {"from": last.record["parent"], "to": state_hash(last.state)} if near else {}
+    step = compress(pack(last.step, hashes)) if near else b""
+    state = compress(pack(outgoing(run, last), {})) if len(near) < len(sites) else b""
+    return {
+        site: Task(number, protocol, folded.get(site, 0), step if site in near else state, ledgers.get(site, ""))
+        for site in sites
+    }
 
 
 def _newest(seen: Mapping[str, str], came: Mapping[str, str]) -> dict[str, str]:
@@ -188,7 +233,7 @@ def _record(
         "last_folded": {**last.record.get("last_folded", {}), **dict.fromkeys(closed.updates, number)},
         "ledgers": _newest(last.record.get("ledgers", {}), closed.ledgers),
         "bytes_received": closed.bytes,
-        "bytes_sent": sum(array.nbytes for array in last.state.values()) * len(closed.updates),
+        "bytes_sent": closed.sent,
         "seconds": seconds,
         "parent": state_hash(last.state),
         "versions": versions(),

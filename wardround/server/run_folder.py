@@ -18,7 +18,7 @@ from wardround.errors import CheckpointError
 from wardround.plan import Plan
 from wardround.registry import checkpoint
 from wardround.registry.checkpoint import Checkpoint
-from wardround.registry.durable import write_file
+from wardround.registry.durable import sync_folder, write_file
 
 # What may lie in a folder before it is a whole run: a start that was cut off, or the sites of one process.
 OURS = {"federation.json", "members.json", "run.json", "rounds", "sites", "hospitals"}
@@ -58,6 +58,28 @@ class RunFolder:
                 f"expected round {number} of {self.digest[:12]}. It was moved; restore the right one."
             )
         return found
+
+    def newest(self) -> Checkpoint:
+        """Return the newest committed checkpoint that verifies; rounds whose checkpoint does not are set aside.
+
+        Such a round is trained again: sites replay what they have. Raises CheckpointError where a second
+        state would be another release of the same round, and where not even the initial state is whole.
+        """
+        *_, number = self.committed()
+        try:
+            return self.checkpoint(number)
+        except CheckpointError as error:
+            if number == 0:
+                raise
+            if self.config.privacy.unit == "site":
+                raise CheckpointError(
+                    f"{error} It cannot be trained again: with [privacy] unit = 'site' that releases the round twice."
+                ) from error
+            aside = self.round(number).with_name(f"damaged-{number:05d}-{secrets.token_hex(2)}")
+            self.round(number).rename(aside)
+            sync_folder(aside.parent)
+            print(f"warning: {error} It is set aside as {aside.name}; round {number} is trained again.", flush=True)
+        return self.newest()
 
     def record(self, number: int) -> dict[str, Any]:
         """Return a committed round's record: sites, figures, seconds, bytes."""

@@ -6,18 +6,22 @@ two folds the same updates again.
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
+from wardround.encoding import SCALES, decode_one
 from wardround.errors import CheckpointError
 from wardround.registry.durable import write_file
 from wardround.server.aggregate import Read
-from wardround.update import Array, Declared, Refusal, Update
+from wardround.update import META, Array, Declared, Refusal, Update
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Closed:
     updates: dict[str, str]  # site -> SHA-256 of its spooled update
     declared: dict[str, Declared]
     refused: dict[str, str]  # site -> code and reason
-    bytes: int  # of the updates
+    bytes: int  # of the updates as they crossed
+    sent: int  # bytes of the tasks' states, by the process that closed
     ledgers: dict[str, str]  # site -> LENGTH:HASH of its ledger, also of those whose update is refused
 
 
@@ -54,17 +59,19 @@ class Spool:
         """Return the sites whose updates are here, by name."""
         return sorted(path.name.removesuffix(".safetensors") for path in self.folder.glob("updates/[!.]*.safetensors"))
 
-    def close(self, refused: dict[str, Refusal], ledgers: dict[str, str]) -> Closed:
+    def close(
+        self, refused: dict[str, Refusal], ledgers: dict[str, str], received: Mapping[str, int], sent: int
+    ) -> Closed:
         """Decide, on disk, that what has arrived counts and nothing after it does.
 
-        `ledgers` are the heads that came with refused updates.
+        `ledgers` are the heads that came with refused updates; `received` and `sent` are bytes as they crossed.
         """
         declared, hashes, size = {}, {}, 0
         for site in self.arrived():
             block = self._update(site).read_bytes()
             declared[site] = Update.from_bytes(block).declared
             hashes[site] = hashlib.sha256(block).hexdigest()
-            size += len(block)
+            size += received.get(site, len(block))  # what came before a restart counts by its size here
         reasons = {site: f"{refusal.code}: {refusal.text}" for site, refusal in refused.items() if site not in hashes}
         heads = ledgers | {site: value.ledger for site, value in declared.items() if value.ledger is not None}
         decision = {
@@ -72,10 +79,11 @@ class Spool:
             "declared": {site: vars(value) for site, value in declared.items()},
             "refused": reasons,
             "bytes": size,
+            "sent": sent,
             "ledgers": heads,
         }
         write_file(self.folder / "closed.json", json.dumps(decision, indent=2, sort_keys=True).encode())
-        return Closed(hashes, declared, reasons, size, heads)
+        return Closed(hashes, declared, reasons, size, sent, heads)
 
     def closed(self) -> Closed | None:
         """Return the decision, or None while the round is open."""
@@ -84,26 +92,26 @@ class Spool:
             return None
         found = json.loads(path.read_bytes())
         declared = {site: Declared(**value) for site, value in found["declared"].items()}
-        return Closed(found["updates"], declared, found["refused"], found["bytes"], found.get("ledgers", {}))
+        sent, heads = found.get("sent", 0), found.get("ledgers", {})
+        return Closed(found["updates"], declared, found["refused"], found["bytes"], sent, heads)
 
     @contextmanager
     def reader(self, closed: Closed) -> Iterator[Read]:
-        """Give a function that reads one tensor of one site's delta, after checking every update's hash."""
+        """Give a function that reads and decodes one tensor of one site's delta, after checking every update's hash.
+
+        With a part, it reads no more of the tensor than that, which `safetensors` maps from the file.
+        """
         files = {}
         for site, sha in closed.updates.items():
             path = self._update(site)
-            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha:
+            if not path.exists() or _hash(path) != sha:
                 raise CheckpointError(
                     f"{path}: differs from what closed.json names; the round cannot be folded as decided. "
                     "Restore the file, or remove the round's folder to train it again."
                 )
             files[site] = safe_open(path, framework="numpy")
 
-        def read(site: str, name: str) -> Array:
-            array: Array = files[site].get_tensor(name)  # type: ignore[no-untyped-call]
-            return array
-
-        yield read
+        yield partial(_read, files)
 
     def drop_updates(self) -> None:
         """Delete the updates of a committed round: nobody needs a single site's delta any more."""
@@ -111,3 +119,24 @@ class Spool:
 
     def _update(self, site: str) -> Path:
         return self.folder / "updates" / f"{site}.safetensors"
+
+
+def _read(files: Mapping[str, Any], site: str, name: str, *part: slice) -> Array:
+    """Return a tensor of a site's delta, or part of its first axis."""
+    file = files[site]
+    kind, first = json.loads(file.metadata()[META]).get("encoding", "float32"), 0
+    if part:
+        first = (part[0].start or 0) * math.prod(file.get_slice(name).get_shape()[1:])
+
+    def get(key: str) -> Array:
+        whole = not part or key.endswith(SCALES)  # all scales: a sixty-fourth of their codes
+        array: Array = file.get_tensor(key) if whole else file.get_slice(key)[part]
+        return array
+
+    return decode_one(get, name, kind, first)
+
+
+def _hash(path: Path) -> str:
+    """Return a file's SHA-256, without reading it into memory at once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

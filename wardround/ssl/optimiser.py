@@ -1,4 +1,6 @@
-"""AdamW over a method's parameters: rates by stage and step, and its moments by name."""
+"""The optimiser over a method's parameters: rates by stage and step, and its moments by name."""
+
+from typing import Any
 
 import torch
 from lightly.utils.scheduler import cosine_warmup_schedule
@@ -23,8 +25,22 @@ def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["share"]
 
 
+def local_optimiser(method: Method, training: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimiser that the config names, for the parameters that are trained."""
+    if training.optimiser == "sgd":
+        rate, momentum = training.learning_rate, training.local_momentum
+        return torch.optim.SGD(_groups(method, training), lr=rate, momentum=momentum, fused=True)
+    return adamw(method, training)
+
+
 def adamw(method: Method, training: TrainingConfig) -> torch.optim.AdamW:
-    """Return AdamW without weight decay on biases, norms and tokens, as He et al. 2022 train.
+    """Return AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+    groups = _groups(method, training)
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, fused=True)
+
+
+def _groups(method: Method, training: TrainingConfig) -> list[dict[str, Any]]:
+    """Return the trained parameters by rate and decay; biases, norms and tokens have none, as in He et al. 2022.
 
     A stage learns at `layer_decay` times the rate of the stage above it; the head has the whole rate
     (Clark et al. 2020, arXiv:2003.10555, appendix A; numbered as in Bao et al. 2022).
@@ -34,15 +50,10 @@ def adamw(method: Method, training: TrainingConfig) -> torch.optim.AdamW:
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((shares.get(name, 1.0), parameter.ndim > 1), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": members, "share": share, "weight_decay": training.weight_decay if decays else 0.0}
-            for (share, decays), members in sorted(groups.items(), key=lambda group: group[0], reverse=True)
-        ],
-        lr=training.learning_rate,
-        betas=training.betas,
-        fused=True,
-    )
+    return [
+        {"params": members, "share": share, "weight_decay": training.weight_decay if decays else 0.0}
+        for (share, decays), members in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    ]
 
 
 def stage_shares(method: Method, decay: float) -> dict[str, float]:
@@ -65,8 +76,8 @@ def freeze(method: Method, stages: int) -> None:
             parameter.requires_grad_(False)
 
 
-def get_moments(method: Method, optimiser: torch.optim.AdamW) -> State:
-    """Return AdamW's state by parameter name: `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME`."""
+def get_moments(method: Method, optimiser: torch.optim.Optimizer) -> State:
+    """Return the optimiser's tensors by parameter name, such as `exp_avg.NAME`; SGD without momentum has none."""
     return {
         f"{kind}.{name}": tensor.detach().cpu().numpy().copy()
         for name, parameter in method.named_parameters()
@@ -75,13 +86,11 @@ def get_moments(method: Method, optimiser: torch.optim.AdamW) -> State:
     }
 
 
-def set_moments(method: Method, optimiser: torch.optim.AdamW, moments: State) -> None:
+def set_moments(method: Method, optimiser: torch.optim.Optimizer, moments: State) -> None:
     """Give the optimiser what `get_moments` took; empty moments leave it new."""
-    if not moments:
-        return
+    kinds = sorted({name.partition(".")[0] for name in moments})
     for name, parameter in method.named_parameters():
-        if parameter.requires_grad:
+        if moments and parameter.requires_grad:
             optimiser.state[parameter] = {
-                kind: torch.from_numpy(moments[f"{kind}.{name}"].copy()).to(parameter.device)
-                for kind in ("step", "exp_avg", "exp_avg_sq")
+                kind: torch.from_numpy(moments[f"{kind}.{name}"].copy()).to(parameter.device) for kind in kinds
             }

@@ -5,6 +5,7 @@ joint gradient; a private engine samples, clips and adds noise by its own rules,
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from wardround.config.federation import TrainingConfig
 from wardround.errors import UpdateError
 from wardround.ssl.method import Method
-from wardround.ssl.optimiser import adamw, get_moments, learning_rate, set_moments, set_rate
+from wardround.ssl.optimiser import get_moments, learning_rate, local_optimiser, set_moments, set_rate
 from wardround.update import State
 
 
@@ -36,25 +37,35 @@ class Trained:
     """What a stretch of training leaves beside the module's new weights."""
 
     losses: list[float]  # one a step
-    moments: State  # AdamW's, by parameter name; part of the site memory
+    moments: State  # the optimiser's, by parameter name; part of the site memory
 
 
 def pretrain(
-    method: Method, engine: Engine, training: TrainingConfig, first_step: int, steps: int, moments: State, label: str
+    method: Method,
+    engine: Engine,
+    training: TrainingConfig,
+    first_step: int,
+    steps: int,
+    moments: State,
+    label: str,
+    correct: Callable[[Method], None] | None = None,
 ) -> Trained:
     """Train the module in place for `steps` steps and return losses and moments.
 
     `first_step` counts over the federation: it sets the schedule and the draws. Empty `moments`
-    start anew. Raises UpdateError at the first step whose loss is not finite.
+    start anew. `correct` adds to the gradients that the engine has filled, after its clipping and noise: it may
+    use weights and what came in, never images. Raises UpdateError at the first step whose loss is not finite.
     """
     method.train()
-    optimiser = adamw(method, training)
+    optimiser = local_optimiser(method, training)
     set_moments(method, optimiser, moments)
     losses: list[Tensor] = []
     for step in tqdm(range(first_step, first_step + steps), label, unit="step", disable=None, delay=2, leave=False):
         set_rate(optimiser, learning_rate(training, step))
         optimiser.zero_grad(set_to_none=True)
         losses.append(engine.gradients(engine.batch(step)))
+        if correct is not None:
+            correct(method)
         optimiser.step()
         method.after_step(step)
     # Read once at the end: asking after each step would make a GPU wait for the CPU.
