@@ -180,15 +180,12 @@ def chance(canaries: int, guesses: int, correct: int, epsilon: float, delta: flo
 def show(report: dict[str, Any]) -> None:
     """Print the bound beside the claim."""
     caught = report["lower_bound"] > report["claimed_epsilon"]
-    table = Table(
-        "noise", "steps", "canaries", "guesses", "correct", "epsilon, claimed", "epsilon, at least", "seconds"
-    )
+    table = Table("noise", "steps", "canaries", "guesses true", "claimed epsilon", "at least", "seconds")
     table.add_row(
         f"{report['noise']:.3f}",
         str(report["steps"]),
         str(report["canaries"]),
-        str(report["guesses"]),
-        str(report["correct"]),
+        f"{report['correct']} of {report['guesses']}",
         f"{report['claimed_epsilon']:.2f}",
         f"{report['lower_bound']:.2f}",
         f"{report['seconds']:.0f}",

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, merged, tiny, to_toml, write_labelled
 from flwr.app import Message
-from honest_sites import SITES, Cut, Sites, final, ignore, make_run
+from honest_sites import DECLARED, SITES, Cut, Sites, final, ignore, make_run
 from test_simulate import KILLER
 
 from wardround import simulate as in_process
@@ -31,6 +31,7 @@ from wardround.plan import architecture, resolve
 from wardround.server import rounds
 from wardround.server.rounds import run_rounds
 from wardround.server.run_folder import RunFolder, open_run
+from wardround.server.spool import Spool
 from wardround.simulate import simulate
 from wardround.ssl.devices import Machine
 from wardround.update import Refusal, State, Task, Update, layout, pack, state_hash
@@ -99,6 +100,20 @@ def test_what_the_step_loses_is_in_the_checkpoint_and_comes_next(tmp_path: Path,
         came = sum(step[name].astype(np.float64) for step in steps)
         np.testing.assert_allclose(came + residual[name], sum(step[name] for step in wanted), atol=1e-7)
     assert any(array.any() for array in residual.values())
+
+
+@BOTH
+def test_the_spool_decodes_part_of_a_tensor_as_it_does_the_whole(tmp_path: Path, kind: Any) -> None:
+    delta = {"kernel": np.random.default_rng(0).normal(size=(9, 5, 13)).astype(np.float32)}
+    block = Update("lyon", "d", 1, "s", DECLARED, encode(delta, kind, {})[0], kind).to_bytes()
+    spool = Spool(tmp_path)
+    spool.add("lyon", block)
+    with spool.reader(spool.close({}, {}, {}, 0)) as read:
+        whole = read("lyon", "kernel")
+        np.testing.assert_allclose(whole, delta["kernel"], atol=0.02)
+        for low in range(7):  # safetensors refuses a part that ends behind the tensor
+            assert np.array_equal(read("lyon", "kernel", slice(low, low + 3)), whole[low : low + 3])
+        assert np.array_equal(read("lyon", "kernel", slice(None, 4)), whole[:4])
 
 
 def test_float32_has_neither_step_nor_residual(tmp_path: Path) -> None:

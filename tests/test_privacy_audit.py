@@ -67,14 +67,14 @@ def test_rounds_of_empty_draws_are_steps_with_noise_and_end() -> None:
 
 @pytest.mark.parametrize(
     ("method", "backbone", "size", "cases"),
-    [("mae", SMALL_VIT, 16, 40), ("simclr", SMALL_VIT, 16, 16), ("byol", RESNET, 32, 4)],
+    [("mae", SMALL_VIT, 16, 40), ("simclr", SMALL_VIT, 16, 17), ("byol", RESNET, 32, 3)],
 )
 def test_one_patient_moves_the_sum_by_the_clipping_norm_at_most(
     method: str, backbone: Any, size: int, cases: int
 ) -> None:
     """Adding or removing one of the patients, all else equal, in float32 and through the real rules."""
     config = private(method, backbone, size=size)
-    draw = np.random.default_rng(7)
+    draw, weights = np.random.default_rng(7), torch.Generator().manual_seed(7)
     engine = steady(made(config, [1, 3, 2, 1, 4]))
     found = []
     for case in range(cases):
@@ -82,7 +82,7 @@ def test_one_patient_moves_the_sum_by_the_clipping_norm_at_most(
         engine.images[:] = random_images(len(engine.images), config, case)
         with torch.no_grad():
             for parameter in engine.parameters.values():
-                parameter.add_(0.02 * torch.randn_like(parameter))
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=weights))
         found.append(sensitivity(engine, everyone(engine), int(draw.integers(5))))
     assert max(found) <= 1 + 1e-6
     assert max(found) > 0.999  # some are clipped
@@ -125,17 +125,18 @@ def test_a_patient_with_twenty_images_counts_as_one(precision: str) -> None:
 )
 def test_a_batch_taken_in_parts_gives_the_same_sum(method: str, backbone: Any) -> None:
     config = private(method, backbone, size=32, privacy={"clip": 0.5})
-    built = ssl.build(config).double()
-    whole, parts = (steady(made(config, [1, 2, 1, 3], method=built, micro_batch=size)) for size in (7, 3))
-    batch = everyone(whole)
-    assert [len(list(engine.parts(batch[1]))) for engine in (whole, parts)] == [1, 3]
-    expected = released(whole, batch)
-    assert float((released(parts, batch) - expected).norm()) < 1e-6 * float(expected.norm())
+    engine = steady(made(config, [1, 2, 1, 3], method=ssl.build(config).double(), micro_batch=7))
+    batch = everyone(engine)
+    assert len(list(engine.parts(batch[1]))) == 1
+    expected = released(engine, batch)
+    engine.micro_batch = 3
+    assert len(list(engine.parts(batch[1]))) == 3
+    assert float((released(engine, batch) - expected).norm()) < 1e-6 * float(expected.norm())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_gradient_is_of_a_patient_never_of_a_view_a_window_or_a_token(method: str) -> None:
-    config = private(method, "swin_tiny_patch4_window7_224" if method == "simclr" else SMALL_VIT, size=32)
+    config = private(method, "mobilevit_xxs" if method == "simclr" else SMALL_VIT, size=32)
     built = disturbed(config)
     group = Grouping(torch.tensor([0, 0, 1, 2, 2]), 3)
     losses, terms = unit_terms(built, inputs_of(built, 5), group, rows_of_calls(built, config.data.shape))

@@ -1,13 +1,12 @@
 """The private engines: exact against a loop over single images, and never a unit's share above C."""
 
-import numpy as np
 import pytest
 import torch
 from private_methods import (
     METHODS,
     clipped_reference,
-    disturbed,
     distance,
+    disturbed,
     inputs_of,
     norm,
     private,
@@ -15,12 +14,9 @@ from private_methods import (
 )
 
 from wardround.config import FederationConfig
-from wardround.config.federation import Recipe
 from wardround.errors import ConfigError
-from wardround.privacy.accounting import Mechanism
-from wardround.privacy.engine import Private, clipper
+from wardround.privacy.engine import clipper
 from wardround.privacy.grouping import Grouping
-from wardround.ssl.devices import Machine, open_fabric
 
 UNITS = [0, 1, 1, 2, 2, 2, 3]
 FAMILIES = [  # one of each way of writing a network

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from wardround.client.app import run_task
 from wardround.client.charge import ledger_of
 from wardround.config import SiteConfig, read_site
 from wardround.errors import PolicyRefusal
-from wardround.plan import resolve
+from wardround.plan import Plan, resolve
 from wardround.privacy.accounting import epsilon
 from wardround.update import Task, Update, pack
 
@@ -59,11 +60,16 @@ for folder in map(Path, sys.argv[1:]):
 """
 
 
-def private_site(folder: Path, ceiling: float = 8.0) -> Task:
-    """Write a site that approves a private protocol, and return the first round's task."""
+@cache
+def private_plan() -> Plan:
     privacy = {"unit": "patient", "epsilon": 4.0, "delta": 1e-4}
     training = {"rounds": 2, "local_steps": 3, "batch_size": 8}  # of 8 declared units: epsilon comes fast
-    plan = resolve(tiny(privacy=privacy, training=training, membership={"units": {"lyon": 8}}))
+    return resolve(tiny(privacy=privacy, training=training, membership={"units": {"lyon": 8}}))
+
+
+def private_site(folder: Path, ceiling: float = 8.0) -> Task:
+    """Write a site that approves a private protocol, and return the first round's task."""
+    plan = private_plan()
     write_labelled(folder / "images", {"lyon": 30})
     site: dict[str, Any] = {"format": 1, "name": "lyon", "work": "work", "approved": [plan.digest], "threads": 1}
     site |= {"images": {"folder": "images", "site": "lyon"}, "device": "cpu"}

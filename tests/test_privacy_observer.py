@@ -86,7 +86,7 @@ def test_no_image_of_a_patient_is_preferred() -> None:
 # A canary: the most that one patient can do, as an attacker sees it who knows all else
 
 
-def canary_mu(engine: Private, steps: int = 250) -> tuple[float, float]:
+def canary_mu(engine: Private, steps: int = 200) -> tuple[float, float]:
     """Return bounds on mu, the canary's shift of the released sum in standard deviations of its noise.
 
     A Gaussian mechanism of sensitivity C and noise sigma C is mu-GDP with mu = 1 / sigma (Dong et al. 2022).

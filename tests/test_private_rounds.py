@@ -38,7 +38,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
 
 
-def test_each_site_spends_what_the_check_said_and_tells_no_more_than_it_may(data: Path, store: str, tmp_path: Path) -> None:
+def test_each_site_spends_what_the_check_said_and_tells_no_more_than_it_may(
+    data: Path, store: str, tmp_path: Path
+) -> None:
     config = private()
     run = simulate(config, data, tmp_path / "run", store)
     said = budgets(config)

@@ -134,8 +134,8 @@ def _check_privacy(method: methods.Method, config: FederationConfig) -> None:
         for units in set(config.membership.units.values()):
             if privacy.delta * units >= 1.0:
                 raise ConfigError(
-                    f"[privacy] delta = {privacy.delta}: at a site of {units} {privacy.unit}s it would allow to publish "
-                    f"one of them whole; take it well below {1 / units:.2g}."
+                    f"[privacy] delta = {privacy.delta}: at a site of {units} {privacy.unit}s it would allow to "
+                    f"publish one of them whole; take it well below {1 / units:.2g}."
                 )
             mechanism(config, units)
 

@@ -46,7 +46,7 @@ class Private:
         fabric: "Fabric",
         micro_batch: int = 0,
     ) -> None:
-        """images: [N, C, S, S]; units: [N], which unit each image belongs to, -1 for none; micro_batch: rows at once."""
+        """images: [N, C, S, S]; units: [N], which one each image belongs to, -1 for none; micro_batch: rows at once."""
         assert isinstance(recipe.privacy, UnitPrivacyConfig)
         self.method, self.images, self.recipe, self.fabric = method, images, recipe, fabric
         self.privacy, self.mechanism = recipe.privacy, mechanism
