@@ -68,16 +68,17 @@ def test_another_federations_ca_is_not_trusted(kits: Path, tmp_path: Path) -> No
 
 
 def test_a_kit_holds_no_secret_but_the_sites_own(kits: Path) -> None:
-    assert {path.name for path in (kits / "lyon").iterdir()} == {"README.md", "ca.crt", "site.key", "site.toml"}
+    names = {"README.md", "ca.crt", "coordinator.pub", "site.key", "site.toml"}
+    assert {path.name for path in (kits / "lyon").iterdir()} == names
     secrets = [block for name, block in contents(kits / "coordinator").items() if name.endswith(".key")]
-    assert len(secrets) == 2
+    assert len(secrets) == 3
     assert not set(secrets) & set(contents(kits / "lyon").values())
     assert (kits / "lyon" / "site.key").read_bytes() != (kits / "oslo" / "site.key").read_bytes()
 
 
 def test_private_keys_can_be_read_by_nobody_else(kits: Path) -> None:
     keys = [*kits.rglob("*.key")]
-    assert len(keys) == 4
+    assert len(keys) == 5
     assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
 
 

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_private_key
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -35,8 +37,9 @@ CODES: dict[type[Exception], str] = {
 def train(message: Message, context: Context) -> Message:
     """Answer one task with an update or a refusal; nothing that is raised crosses."""
     site = read_site(Path(str(context.node_config["site-config"])))
+    own, coordinators = keys(site)
     try:
-        answer = run_task(site, records_to_task(message.content))
+        answer = run_task(site, records_to_task(message.content, site.name, coordinators))
     except (PolicyRefusal, UpdateError) as error:
         log.warning("site '%s' refuses: %s", site.name, error)
         answer = Refusal(CODES[type(error)], str(error))
@@ -46,7 +49,17 @@ def train(message: Message, context: Context) -> Message:
     except Exception as error:  # whatever it says may name a file or a patient
         log.warning("site '%s' failed: %s", site.name, error, exc_info=not isinstance(error, WardroundError))
         answer = Refusal(CODES.get(type(error), "failed"), "the reason stands in the site's own log")
-    return Message(answer_to_records(answer), reply_to=message)
+    return Message(answer_to_records(answer, site.name, message.metadata.group_id, own), reply_to=message)
+
+
+def keys(site: SiteConfig) -> tuple[EllipticCurvePrivateKey, EllipticCurvePublicKey] | tuple[None, None]:
+    """Return the site's own key and the coordinator's public one; none where all sites run in one process."""
+    if site.coordinator is None:
+        return None, None
+    own = load_ssh_private_key(site.coordinator.private_key.read_bytes(), None)
+    coordinators = load_pem_public_key(site.coordinator.signing_key.read_bytes())
+    assert isinstance(own, EllipticCurvePrivateKey) and isinstance(coordinators, EllipticCurvePublicKey)
+    return own, coordinators
 
 
 def run_task(site: SiteConfig, task: Task) -> bytes | Refusal:

@@ -84,7 +84,7 @@ def _check_kit(site: SiteConfig, path: Path) -> None:
     found = site.coordinator
     if found is None:
         raise ConfigError(f"{path}: has no [coordinator]; take that section from the kit.")
-    for file in (found.ca_certificate, found.private_key):
+    for file in (found.ca_certificate, found.private_key, found.signing_key):
         if not file.is_file():
             raise ConfigError(f"{path}: there is no file '{file.name}'; put the kit's where it says.")
     key = found.private_key

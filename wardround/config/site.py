@@ -36,6 +36,9 @@ class CoordinatorConfig(Strict):
     address: str = Field(pattern=r"^[^\s/]+:\d{1,5}$", description="host:port of the coordinator's fleet address.")
     ca_certificate: Path = Field(description="The federation's CA certificate, from the kit (PEM).")
     private_key: Path = Field(description="The site's private key, from the kit (OpenSSH, ECDSA P-384, mode 0600).")
+    signing_key: Path = Field(
+        description="The coordinator's public key, from the kit (PEM): no message is answered that it did not sign."
+    )
 
 
 class SitePrivacy(Strict):
@@ -100,5 +103,6 @@ def read_site(path: Path) -> SiteConfig:
     changes: dict[str, object] = {"images": images, "work": home / site.work}
     if (known := site.coordinator) is not None:
         paths = {"ca_certificate": home / known.ca_certificate, "private_key": home / known.private_key}
+        paths["signing_key"] = home / known.signing_key
         changes["coordinator"] = known.model_copy(update=paths)
     return site.model_copy(update=changes)

@@ -32,6 +32,11 @@ def public_line(key: ec.EllipticCurvePrivateKey, site: str) -> bytes:
     return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + f" {site}\n".encode()
 
 
+def public_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Return the public half as PEM."""
+    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
 def _key(path: Path, form: PrivateFormat) -> ec.EllipticCurvePrivateKey:
     if not path.exists():
         key = ec.generate_private_key(ec.SECP384R1())

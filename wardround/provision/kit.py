@@ -1,7 +1,7 @@
 """What the coordinator keeps, and the kit that each site receives.
 
-    out/coordinator/   ca.crt ca.key server.crt server.key membership.json keys/<site>.pub
-    out/<site>/        ca.crt site.key site.toml README.md
+    out/coordinator/   ca.crt ca.key server.crt server.key signing.key membership.json keys/<site>.pub
+    out/<site>/        ca.crt coordinator.pub site.key site.toml README.md
 
 Nothing that exists is written over, so a second run with more names adds the missing sites. A kit
 that was handed over and removed here stays so: its public key in `keys/` says that it was made.
@@ -36,6 +36,7 @@ def provision(config: FederationConfig, out: Path, sites: Sequence[str], address
     hosts = list(dict.fromkeys([_host(address), *config.membership.server_names, *_LOOPBACK]))
     coordinator = out / "coordinator"
     ca = _coordinator(config.name, coordinator, hosts)
+    signing = keys.public_pem(keys.tls_key(coordinator / "signing.key"))
     for site in names:
         public = coordinator / "keys" / f"{site}.pub"
         if public.exists() and not (out / site).exists():
@@ -43,6 +44,7 @@ def provision(config: FederationConfig, out: Path, sites: Sequence[str], address
         line = keys.public_line(keys.site_key(out / site / "site.key"), site)
         for path, block in (
             (out / site / "ca.crt", ca),
+            (out / site / "coordinator.pub", signing),
             (out / site / "site.toml", _fill("site.toml", site, config.name, address)),
             (out / site / "README.md", _fill("README.md", site, config.name, address)),
             (public, line),  # last: it says that the kit is whole

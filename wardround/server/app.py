@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
@@ -26,9 +28,9 @@ def main(grid: Grid, context: Context) -> None:
     run_federation(grid, open_run(Path(str(context.run_config["run-folder"]))))
 
 
-def run_federation(grid: Grid, run: RunFolder) -> None:
-    """Run a federation to its end, record it and register its backbone."""
-    fleet = Fleet(grid, run)
+def run_federation(grid: Grid, run: RunFolder, key: EllipticCurvePrivateKey | None = None) -> None:
+    """Run a federation to its end, record it and register its backbone; `key` signs what sites are asked."""
+    fleet = Fleet(grid, run, key)
     tracking = Tracking(run)
     run_rounds(run, fleet.ask, tracking.committed)
     tracking.register()
@@ -37,8 +39,9 @@ def run_federation(grid: Grid, run: RunFolder) -> None:
 class Fleet:
     """The sites behind a Grid, each known by the public key that it connected with."""
 
-    def __init__(self, grid: Grid, run: RunFolder) -> None:
-        self.grid = grid
+    def __init__(self, grid: Grid, run: RunFolder, key: EllipticCurvePrivateKey | None) -> None:
+        self.grid, self.key = grid, key
+        self.keys = {site: _public_key(member) for site, member in run.members.items()}
         self.sites = {key.encode(): site for site, key in run.members.items()}
         membership = run.config.membership
         self.patience = membership.wait_seconds
@@ -53,7 +56,10 @@ class Fleet:
             yield site, Refusal("silent", f"was not connected after {self.patience:.0f} s")
         messages = [
             Message(
-                task_to_records(tasks[site]), dst_node_id=node, message_type="train", group_id=str(tasks[site].round)
+                task_to_records(tasks[site], site, self.key),
+                dst_node_id=node,
+                message_type="train",
+                group_id=str(tasks[site].round),
             )
             for site, node in nodes.items()
         ]
@@ -63,7 +69,8 @@ class Fleet:
             # One at a time, so that no more than one update is in memory.
             for message_id in list(waiting):
                 for reply in self.grid.pull_messages([message_id]):
-                    yield waiting.pop(message_id), message_to_answer(reply)
+                    site = waiting.pop(message_id)
+                    yield site, message_to_answer(reply, site, str(tasks[site].round), self.keys[site])
             if waiting:
                 self.drop_late()
                 time.sleep(POLL_SECONDS)
@@ -103,3 +110,12 @@ class Fleet:
                 said = time.monotonic()
                 log.warning("waiting for %s (%.0f s left)", ", ".join(sorted(set(sites) - set(nodes))), left)
             time.sleep(POLL_SECONDS)
+
+
+def _public_key(member: str) -> EllipticCurvePublicKey | None:
+    """Return a member's key; none of a site of this process, whose name stands in a key's place."""
+    if not member.startswith("-----BEGIN"):
+        return None
+    key = load_pem_public_key(member.encode())
+    assert isinstance(key, EllipticCurvePublicKey), "Flower takes no other"
+    return key

@@ -1,6 +1,6 @@
 """The process that runs a federation's rounds beside SuperLink, started again by superlink.py where it dies.
 
-    python -m wardround.server.rounds_process RUN_FOLDER CA_CERTIFICATE HOST:PORT SECRET_FILE RUN_NUMBER
+    python -m wardround.server.rounds_process RUN_FOLDER KIT HOST:PORT SECRET_FILE RUN_NUMBER
 
 What a person should see it prints, line by line; an error of a user's is its last line, and exit 2.
 """
@@ -8,6 +8,9 @@ What a person should see it prints, line by line; an error of a user's is its la
 import logging
 import sys
 from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from wardround.connection import coordinating
 from wardround.errors import WardroundError
@@ -17,11 +20,14 @@ from wardround.server.run_folder import open_run
 ERROR = "error: "  # before the one line of a user's error
 
 
-def main(folder: str, ca: str, address: str, secret: str, number: str) -> None:
+def main(folder: str, kit: str, address: str, secret: str, number: str) -> None:
     """Run what is left of a run folder's rounds."""
     try:
-        with coordinating(address, Path(ca).read_bytes(), Path(secret).read_bytes(), int(number)) as grid:
-            run_federation(grid, open_run(Path(folder)))
+        key = load_pem_private_key((Path(kit) / "signing.key").read_bytes(), None)
+        assert isinstance(key, EllipticCurvePrivateKey), "provision makes no other"
+        ca = (Path(kit) / "ca.crt").read_bytes()
+        with coordinating(address, ca, Path(secret).read_bytes(), int(number)) as grid:
+            run_federation(grid, open_run(Path(folder)), key)
     except WardroundError as error:
         print(f"{ERROR}{error}", flush=True)
         sys.exit(2)

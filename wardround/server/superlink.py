@@ -49,7 +49,7 @@ def coordinate(config: Path, kit: Path, out: Path, port: int, tracking: str, hos
 
 def member_keys(kit: Path, config: FederationConfig) -> dict[str, str]:
     """Return the public key (PEM) of each site that takes part, from the coordinator's kit."""
-    for name in ("ca.crt", "server.crt", "server.key"):
+    for name in ("ca.crt", "server.crt", "server.key", "signing.key"):
         if not (kit / name).is_file():
             raise ConfigError(f"{kit}: has no {name}; give --kit the 'coordinator' folder of 'wardround provision'.")
     found = {path.stem: path for path in sorted((kit / "keys").glob("*.pub"))}
@@ -202,7 +202,7 @@ def _follow(link: Link, run: RunFolder) -> None:
     number, log = str(link.flwr("run", write_stub(link.home / "stub"), _CONNECTION)["run-id"]), link.logs / "rounds.log"
     address = f"127.0.0.1:{link.port}"
     rounds = [sys.executable, "-m", "wardround.server.rounds_process", str(run.path.resolve())]
-    rounds += [str(link.kit / "ca.crt"), address, str(link.secret), number]
+    rounds += [str(link.kit), address, str(link.secret), number]
     lines, done, last = NewLines(log), run.committed()[-1], ""
     with (
         tqdm(total=run.config.training.rounds, initial=done, desc="rounds", unit="round", disable=None) as bar,
