@@ -87,8 +87,10 @@ def run_task(site: SiteConfig, task: Task) -> bytes | Refusal:
         log.warning("site '%s': the site memory of round %d is lost; it starts anew", site.name, task.last_folded)
         memory = {}
     with journal.training(task.round):
-        charged = charge(site, protocol, task) if isinstance(protocol.privacy, UnitPrivacyConfig) else None
-    update, memory = local_round(protocol, site.name, task.round, state, memory, images, machine(site), charged)
+        private = isinstance(protocol.privacy, UnitPrivacyConfig)
+        charged = charge(site, protocol, task) if private else None
+    midway = None if private else journal.midway(task.round)  # noise once drawn is not kept to be drawn upon
+    update, memory = local_round(protocol, site.name, task.round, state, memory, images, machine(site), charged, midway)
     block = update.to_bytes()
     journal.finish(task.round, block, memory)
     return block

@@ -76,8 +76,13 @@ class Journal:
         """Keep a round's update and the site memory after it; the update's name on disk means done."""
         write_file(self._round(round) / "memory.safetensors", pack(memory, {}))
         write_file(self._round(round) / "update.safetensors", update)
+        self.midway(round).unlink(missing_ok=True)
         for old in sorted(self._finished())[:-KEPT_ROUNDS]:
             shutil.rmtree(self._round(old))
+
+    def midway(self, round: int) -> Path:
+        """Return the file in which it is kept how far the training of a round has come."""
+        return self._round(round) / "midway.safetensors"
 
     def memory(self, round: int) -> State | None:
         """Return the site memory after a round that the server folded; empty before the first.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from mmap import mmap
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 
 from wardround import __version__
 from wardround import ssl as methods
-from wardround.client import correction
+from wardround.client import correction, midway
 from wardround.client.charge import Charged
+from wardround.client.midway import Midway
 from wardround.config import Protocol
 from wardround.config.federation import TrainingConfig
 from wardround.config.privacy import SitePrivacyConfig, UnitPrivacyConfig
@@ -26,7 +28,7 @@ from wardround.privacy.site_level import privatise
 from wardround.probe.monitor import Monitor, watch
 from wardround.ssl.devices import Machine, launch
 from wardround.ssl.engine import Plain
-from wardround.ssl.pretrain import Engine, pretrain
+from wardround.ssl.pretrain import Engine, Trained, pretrain
 from wardround.update import Declared, State, Update, state_hash, withholds
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class Job:
     machine: Machine
     units: NDArray[np.int32]  # [N], which privacy unit each image belongs to; -1 takes no part
     mechanism: Mechanism | None  # of DP-SGD, where the protocol asks for it
+    midway: Path | None  # where it is kept how far the round has come
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,14 @@ def local_round(
     images: SiteImages,
     machine: Machine,
     charged: Charged | None = None,
+    midway_file: Path | None = None,
 ) -> tuple[Update, State]:
     """Return the site's update and its site memory after the round.
 
     Without differential privacy the same arguments give the same bits, `seconds` aside, on the same kind
-    of CPU with as many threads. `charged` is what the ledger was charged for this training. Raises
-    ConfigError where this machine's settings would change the gradient.
+    of CPU with as many threads. `charged` is what the ledger was charged for this training. In `midway_file`
+    it is kept how far the round has come; a round that was cut goes on from it. Raises ConfigError where this
+    machine's settings would change the gradient.
     """
     started = time.monotonic()
     _refuse_unfit(protocol, machine)
@@ -86,7 +91,7 @@ def local_round(
     mechanism = charged.mechanism if charged else None
     assert (mechanism is not None) == isinstance(protocol.privacy, UnitPrivacyConfig), "trained without a charge"
     residual, memory = kept(memory)
-    job = Job(protocol, site, round, state, memory, source(images.images), machine, units, mechanism)
+    job = Job(protocol, site, round, state, memory, source(images.images), machine, units, mechanism, midway_file)
     done = launch(train, machine, protocol.training.precision, job)
     delta = {name: new - state[name] for name, new in done.state.items()} | done.beside
     if isinstance(protocol.privacy, SitePrivacyConfig) and protocol.privacy.noise == "site":
@@ -123,24 +128,36 @@ def train(fabric: "Fabric", job: Job) -> Done:
     method = methods.build(protocol)
     incoming, server = correction.parted(job.state)
     moments, site_tensors, own = split(job.memory)
-    methods.set_state(method, correction.start(training.correction, incoming, own))
-    methods.set_site_tensors(method, site_tensors)
+    start = state_hash(job.state)
+    begun = midway.read(job.midway, start) if job.midway else None
+    if begun is None:
+        begun = Midway([], correction.start(training.correction, incoming, own), site_tensors, moments)
+    methods.set_state(method, begun.state)
+    methods.set_site_tensors(method, begun.site)
     if job.machine.checkpointing:
         method.backbone.checkpoint_activations()
     method.to(fabric.device)
     engine: Engine = Plain(method, images, protocol, job.site, fabric, job.machine.micro_batch)
     if job.mechanism is not None:
         engine = Private(method, images, job.units, protocol, job.mechanism, fabric, job.machine.micro_batch)
-    first = (job.round - 1) * training.local_steps
+    first = (job.round - 1) * training.local_steps + len(begun.losses)
+    left = training.local_steps - len(begun.losses)
+
+    def remember(trained: Trained) -> None:
+        if job.midway and fabric.global_rank == 0:
+            losses = begun.losses + trained.losses
+            made = Midway(losses, methods.get_state(method), methods.get_site_tensors(method), trained.moments)
+            midway.write(job.midway, start, made)
+
     label = f"site '{job.site}', round {job.round}"
     correct = correction.gradient_term(training.correction, incoming, server, own, fabric.device)
-    trained = pretrain(method, engine, training, first, training.local_steps, moments, label, correct)
+    trained = pretrain(method, engine, training, first, left, begun.moments, label, correct, remember)
     state = methods.get_state(method)
     own, beside = correction.finish(training, job.round, incoming, server, own, state)
     memory = join(trained.moments, methods.get_site_tensors(method), own, training)
     unseen = withholds(protocol.privacy)
     monitor = None if unseen else watch(method.backbone, images, protocol, job.site, engine.micro_batch)
-    return Done(state, beside, memory, trained.losses, monitor)
+    return Done(state, beside, memory, begun.losses + trained.losses, monitor)
 
 
 def _refuse_unfit(protocol: Protocol, machine: Machine) -> None:

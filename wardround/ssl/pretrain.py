@@ -5,6 +5,7 @@ joint gradient; a private engine samples, clips and adds noise by its own rules,
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,8 @@ from wardround.errors import UpdateError
 from wardround.ssl.method import Method
 from wardround.ssl.optimiser import get_moments, learning_rate, local_optimiser, set_moments, set_rate
 from wardround.update import State
+
+KEEP_SECONDS = 60.0  # of training that a cut may cost
 
 
 class Engine(Protocol):
@@ -49,17 +52,20 @@ def pretrain(
     moments: State,
     label: str,
     correct: Callable[[Method], None] | None = None,
+    keep: Callable[[Trained], None] | None = None,
 ) -> Trained:
     """Train the module in place for `steps` steps and return losses and moments.
 
     `first_step` counts over the federation: it sets the schedule and the draws. Empty `moments`
     start anew. `correct` adds to the gradients that the engine has filled, after its clipping and noise: it may
-    use weights and what came in, never images. Raises UpdateError at the first step whose loss is not finite.
+    use weights and what came in, never images. `keep` is called about once a minute with what is trained so far,
+    beside the module, so that it can be gone on from. Raises UpdateError at the first step whose loss is not finite.
     """
     method.train()
     optimiser = local_optimiser(method, training)
     set_moments(method, optimiser, moments)
     losses: list[Tensor] = []
+    kept = time.monotonic()
     for step in tqdm(range(first_step, first_step + steps), label, unit="step", disable=None, delay=2, leave=False):
         set_rate(optimiser, learning_rate(training, step))
         optimiser.zero_grad(set_to_none=True)
@@ -68,6 +74,9 @@ def pretrain(
             correct(method)
         optimiser.step()
         method.after_step(step)
+        if keep is not None and time.monotonic() - kept >= KEEP_SECONDS and len(losses) < steps:
+            keep(Trained(torch.stack(losses).tolist(), get_moments(method, optimiser)))
+            kept = time.monotonic()
     # Read once at the end: asking after each step would make a GPU wait for the CPU.
     values = torch.stack(losses).tolist()
     for place, value in enumerate(values):
