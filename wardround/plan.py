@@ -3,6 +3,7 @@
 `wardround check`, the server and the sites all ask here, so that they cannot disagree.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from wardround.backbones import batch_normalised, load_into
 from wardround.config import FederationConfig, Protocol
 from wardround.config.federation import Recipe
 from wardround.config.privacy import SitePrivacyConfig, UnitPrivacyConfig
+from wardround.encoding import encoded_layout
 from wardround.errors import ConfigError
 from wardround.privacy import site_level
 from wardround.privacy.accounting import Mechanism, curve, mechanism
@@ -22,7 +24,7 @@ from wardround.registry.source import release_folder
 from wardround.ssl.devices import Machine, open_fabric
 from wardround.ssl.engine import Plain
 from wardround.ssl.pretrain import Engine, pretrain
-from wardround.update import Layout, State, state_hash
+from wardround.update import Layout, State, layout, state_hash
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Cost:
 
     backbone_parameters: int
     head_parameters: int
-    bytes_per_message: int  # one state or one update
+    bytes_per_state: int  # what a site receives at first
+    bytes_per_message: int  # one update, or the step to the next state, encoded and before zstd
     memory_bytes: int  # weights, gradients, two moments, a teacher, and what the forward pass keeps
     seconds_per_step: float
     coupling: str | None  # why an image's loss depends on other images, or None
@@ -182,7 +185,9 @@ def cost(plan: Plan, steps: int = 3) -> Cost:
     state_bytes = sum(array.nbytes for array in plan.state.values())
     staying = sum(array.nbytes for array in methods.get_site_tensors(method).values())
     memory = 4 * state_bytes + staying + kept
-    return Cost(sizes["backbone"], sizes["head"], state_bytes, memory, seconds, method.coupling)
+    crossing = encoded_layout(layout(plan.state), recipe.encoding)
+    message = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in crossing.values())
+    return Cost(sizes["backbone"], sizes["head"], state_bytes, message, memory, seconds, method.coupling)
 
 
 def _kept_by_forward(method: methods.Method, inputs: tuple[torch.Tensor, ...]) -> int:

@@ -48,7 +48,8 @@ def plan_table(plan: Plan, cost: Cost) -> Table:
         "images": f"{' x '.join(str(edge) for edge in config.data.shape[1:])}, {config.data.channels} channel(s)",
         "rounds": f"{training.rounds} of {training.local_steps} local steps",
         "batch": f"{training.batch_size} images, {training.precision}",
-        "bytes a round and site": f"{cost.bytes_per_message:,} down, {cost.bytes_per_message:,} up",
+        "bytes a round and site": f"at most {cost.bytes_per_message:,} down, as many up ({config.encoding}); "
+        f"at first {cost.bytes_per_state:,} down",
         "memory at a site": f"about {cost.memory_bytes / 2**20:,.0f} MiB beside Python and its libraries",
         "time at a site": f"about {span} of steps in all on this machine ({cost.seconds_per_step:.2f} s a step)",
         "sites": ", ".join(sorted(config.membership.sites)) or "whoever is in the data or connects",
