@@ -59,3 +59,11 @@ def test_layers_are_untouched_and_the_context_ends(layer: nn.Linear) -> None:
         inside = layer(x)
     assert torch.allclose(inside, before, atol=1e-6)
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_product_is_that_of_a_linear_layer_in_any_precision(dtype: torch.dtype) -> None:
+    x, weight = (torch.randn(size, 24, generator=torch.Generator().manual_seed(size)).to(dtype) for size in (7, 5))
+    expected = x.double() @ weight.double().T
+    assert onednn.product(x, weight).dtype == dtype
+    assert torch.allclose(onednn.product(x, weight).double(), expected, rtol=0.02 if dtype == torch.bfloat16 else 1e-5)

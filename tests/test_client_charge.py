@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,14 @@ def test_without_terms_of_its_own_a_site_spends_no_privacy(tmp_path: Path) -> No
     with pytest.raises(PolicyRefusal, match=r"batch_size = 4: more than the 3 units .* lower batch_size"):
         charge(site(tmp_path, units=3), protocol(), task())
     assert not (tmp_path / "work").exists()
+
+
+def test_units_that_the_federation_has_otherwise_cost_nothing(tmp_path: Path) -> None:
+    own = site(tmp_path, units=40)
+    with pytest.raises(PolicyRefusal, match=r"units = 40 in site.toml, and 50 in .* Nothing was spent"):
+        charge(own, protocol(), replace(task(), units=50))
+    assert not (tmp_path / "work").exists()
+    charge(own, protocol(), replace(task(), units=40))
 
 
 def test_a_charge_is_one_row_with_the_mechanism_to_train_with(tmp_path: Path) -> None:

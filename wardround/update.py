@@ -198,6 +198,7 @@ class Task:
     last_folded: int  # the last round in which this site's update counted; 0 for none
     state: bytes  # the packed state to start from; or, with the hashes `from` and `to` in its header, the step to it
     ledger: str = ""  # the newest length and head of the site's ledger that the coordinator has seen, LENGTH:HASH
+    units: int = 0  # how many units the coordinator has this site down for; 0 without a unit at the site
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def task_to_records(task: Task, site: str, key: EllipticCurvePrivateKey | None) 
         "protocol": task.protocol,
         "last_folded": task.last_folded,
         "ledger": task.ledger,
+        "units": task.units,
     }
     signature = sign(key, "task", site, json.dumps(fields, sort_keys=True), task.state) if key else b""
     record = ConfigRecord({**fields, "signature": signature})
@@ -57,6 +58,7 @@ def records_to_task(records: RecordDict, site: str, key: EllipticCurvePublicKey 
             last_folded=int(fields["last_folded"]),  # type: ignore[arg-type]
             state=state,
             ledger=str(fields["ledger"]),
+            units=int(fields["units"]),  # type: ignore[arg-type]
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UpdateError("the coordinator's message holds no task; its release differs from this site's.") from error

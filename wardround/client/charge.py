@@ -43,6 +43,11 @@ def charge(site: SiteConfig, protocol: Protocol, task: Task) -> Charged:
     privacy = protocol.privacy
     assert isinstance(privacy, UnitPrivacyConfig), "site-level noise is not charged to the site's ledger"
     terms, units = _terms(site, privacy.unit)
+    if task.units not in (0, units):
+        raise PolicyRefusal(
+            f"[privacy] units = {units} in site.toml, and {task.units} in the federation's [membership] units; make both "
+            "the same. Nothing was spent."
+        )
     try:
         a_round = mechanism(protocol, units)
     except ConfigError as error:

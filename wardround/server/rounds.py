@@ -207,8 +207,16 @@ def _tasks(run: RunFolder, last: Checkpoint, number: int, sites: list[str], whol
     hashes = {"from": last.record["parent"], "to": state_hash(last.state)} if near else {}
     step = compress(pack(last.step, hashes)) if near else b""
     state = compress(pack(outgoing(run, last), {})) if len(near) < len(sites) else b""
+    units = run.config.membership.units if isinstance(run.config.privacy, UnitPrivacyConfig) else {}
     return {
-        site: Task(number, protocol, folded.get(site, 0), step if site in near else state, ledgers.get(site, ""))
+        site: Task(
+            number,
+            protocol,
+            folded.get(site, 0),
+            step if site in near else state,
+            ledgers.get(site, ""),
+            units.get(site, 0),
+        )
         for site in sites
     }
 
