@@ -45,8 +45,8 @@ def charge(site: SiteConfig, protocol: Protocol, task: Task) -> Charged:
     terms, units = _terms(site, privacy.unit)
     if task.units not in (0, units):
         raise PolicyRefusal(
-            f"[privacy] units = {units} in site.toml, and {task.units} in the federation's [membership] units; make both "
-            "the same. Nothing was spent."
+            f"[privacy] units = {units} in site.toml, and {task.units} in the federation's [membership] units; make "
+            "both the same. Nothing was spent."
         )
     try:
         a_round = mechanism(protocol, units)
