@@ -1,9 +1,10 @@
 """What private pretraining is worth: continued from procedural images, beside its own initialisation.
 
-    python benchmarks/private_utility.py --data shared/data/malaria_cells [--out runs/utility] [--quick]
+    python benchmarks/private_utility.py --data shared/data/malaria_cells [--method mae] [--out runs/utility] [--quick]
 
-Five sites of malaria_cells, ResNet-18 with group normalisation, SimCLR against public negatives. Arms, all with
-the same schedule and evaluated with the same draws of labelled patients:
+Five sites of malaria_cells, as in federation_configs/malaria_METHOD.toml: MAE on a small ViT, or SimCLR on ResNet-18
+with group normalisation, against public negatives. Arms, all with the same schedule and evaluated with the same draws
+of labelled patients:
 
     random             the encoder's random weights
     initialisation     pretrained on procedural images alone, which nobody owns
@@ -36,7 +37,6 @@ from wardround.privacy.statement import statement
 from wardround.server.run_folder import RunFolder, open_run
 from wardround.simulate import simulate
 
-CONFIG = Path("federation_configs/malaria_simclr.toml")
 PUBLIC = 2000  # procedural images
 DELTA = 1e-3  # below one over the patients of the largest site
 
@@ -45,26 +45,30 @@ def main() -> None:
     """Train what is missing, evaluate all arms, print and write the table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", type=Path, required=True)
+    options.add_argument("--method", choices=("mae", "simclr"), default="mae")
     options.add_argument("--out", type=Path, default=Path("runs/utility"))
     options.add_argument("--quick", action="store_true", help="a tenth of the steps: whether it runs")
     given = options.parse_args()
-    releases, said = train(given.data, given.out, 10 if given.quick else 1)
-    found = measure(releases, given.data)
+    base = tomllib.loads(Path(f"federation_configs/malaria_{given.method}.toml").read_text())
+    releases, said = train(base, given.data, given.out, 10 if given.quick else 1)
+    found = measure(base, releases, given.data)
     Console().print(table(found))
     name = given.out / "result.json"
     name.write_text(json.dumps(result(found, said), indent=1) + "\n")
     Console().print(f"{name}", highlight=False)
 
 
-def train(data: Path, out: Path, cut: int) -> tuple[dict[str, Path], dict[str, str]]:
+def train(base: dict[str, Any], data: Path, out: Path, cut: int) -> tuple[dict[str, Path], dict[str, str]]:
     """Return each arm's release folder, and the privacy statement of the private ones."""
     public = out / "public"
-    write_public(public / "procedural")
-    first = run(config({"rounds": 8, "local_steps": 40 // cut, "warmup_steps": 4}), public, out / "initialisation")
+    write_public(base, public / "procedural")
+    first = run(
+        config(base, {"rounds": 8, "local_steps": 40 // cut, "warmup_steps": 4}), public, out / "initialisation"
+    )
     releases, said = {"initialisation": first.path / "release"}, {}
     start = {"initial_weights": str(first.path / "release")}
     steps = {"rounds": 5, "local_steps": 20 // cut, "learning_rate": 1e-4, "warmup_steps": 5}
-    plain = run(config(steps, **start), data, out / "continued")
+    plain = run(config(base, steps, **start), data, out / "continued")
     releases["continued"] = plain.path / "release"
     for unit, epsilon, batch, privacy in (
         ("patient", 8.0, 8, {"images_per_patient": 8}),
@@ -72,7 +76,7 @@ def train(data: Path, out: Path, cut: int) -> tuple[dict[str, Path], dict[str, s
         ("image", 8.0, 64, {}),
     ):
         promised = {"unit": unit, "epsilon": epsilon, "delta": DELTA if unit == "patient" else DELTA / 10, **privacy}
-        chosen = config({**steps, "batch_size": batch}, units(data, unit), privacy=promised, **start)
+        chosen = config(base, {**steps, "batch_size": batch}, units(data, unit), privacy=promised, **start)
         name = f"{unit}, eps = {epsilon:g}"
         made = run(chosen, data, out / f"{unit}-{epsilon:g}")
         releases[name] = made.path / "release"
@@ -82,13 +86,13 @@ def train(data: Path, out: Path, cut: int) -> tuple[dict[str, Path], dict[str, s
     return releases, said
 
 
-def config(training: dict[str, Any], declared: dict[str, int] | None = None, **sections: Any) -> FederationConfig:
-    """Return the federation's config with public negatives and another schedule."""
-    raw = tomllib.loads(CONFIG.read_text())
-    raw["training"] |= training
-    raw["method"] |= {"negatives": "public"}
-    raw["membership"] = {"units": declared or {}}
-    return parse({**raw, **sections}, FederationConfig, str(CONFIG))
+def config(
+    base: dict[str, Any], training: dict[str, Any], declared: dict[str, int] | None = None, **sections: Any
+) -> FederationConfig:
+    """Return the federation's config with another schedule, and with public negatives where it compares images."""
+    method = base["method"] | ({"negatives": "public"} if base["method"]["name"] == "simclr" else {})
+    changes = {"method": method, "training": base["training"] | training, "membership": {"units": declared or {}}}
+    return parse({**base, **changes, **sections}, FederationConfig, base["name"])
 
 
 def units(data: Path, unit: str) -> dict[str, int]:
@@ -107,21 +111,21 @@ def run(chosen: FederationConfig, data: Path, out: Path) -> RunFolder:
     return simulate(chosen, data, out, f"sqlite:///{out.parent.resolve()}/mlflow.db")
 
 
-def write_public(folder: Path) -> None:
+def write_public(base: dict[str, Any], folder: Path) -> None:
     """Write procedural images, as many as a site has patients."""
     if folder.exists():
         return
-    images = procedural_set(PUBLIC, 7, config({"rounds": 1, "local_steps": 1, "warmup_steps": 0}).data).images
+    images = procedural_set(PUBLIC, 7, config(base, {"rounds": 1, "local_steps": 1, "warmup_steps": 0}).data).images
     folder.mkdir(parents=True)
     for number, image in enumerate(images):
         Image.fromarray(image[0]).save(folder / f"{number:05d}.png")
 
 
-def measure(releases: dict[str, Path], data: Path) -> Evaluation:
+def measure(base: dict[str, Any], releases: dict[str, Path], data: Path) -> Evaluation:
     """Return the probes of all arms on the test split."""
     first = three_arms(releases["initialisation"])
     arms = {"random": first["random"], **{name: three_arms(path)["backbone"] for name, path in releases.items()}}
-    return evaluate(arms, read_labelled(data, config({"rounds": 1, "local_steps": 1, "warmup_steps": 0}).data))
+    return evaluate(arms, read_labelled(data, config(base, {"rounds": 1, "local_steps": 1, "warmup_steps": 0}).data))
 
 
 def table(found: Evaluation) -> Table:
