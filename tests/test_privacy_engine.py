@@ -32,7 +32,6 @@ FAMILIES = [  # one of each way of writing a network, at the least size that sho
     ("mobilevit_xxs", "byol", 64),
     ("monai_vit_tiny", "mae", 32),
     ("monai_resnet10", "byol", 32),
-    ("monai_swinunetr_small", "byol", 32),
 ]
 
 

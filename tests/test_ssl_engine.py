@@ -20,9 +20,10 @@ from wardround.errors import ConfigError, UpdateError
 from wardround.ssl.devices import Machine, launch, open_fabric
 from wardround.ssl.engine import Plain
 from wardround.ssl.method import Method
-from wardround.update import state_hash
+from wardround.update import State, state_hash
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 1, 32, 32), dtype=np.uint8)
+PATIENTS = np.arange(10, dtype=np.int32)
 COMPARED = {"name": "simclr", "hidden_dim": 16, "output_dim": 8}  # its loss compares the images of a batch
 
 
@@ -165,9 +166,13 @@ def test_a_site_cannot_cut_a_batch_whose_statistics_normalise_it(machine: Machin
     config = tiny(
         backbone={"name": "resnet18", "norm": "batch"}, method=COMPARED, data={"image_size": 32}, training={"rounds": 1}
     )
-    site = SiteImages(IMAGES, np.arange(10, dtype=np.int32), Index(10, 10, 0, 0, {}, (), 10, {}, 10, {}))
+    site = SiteImages(IMAGES, PATIENTS, PATIENTS >= 0, Index(10, 10, 0, 0, {}, (), 10, {}, 10, 0, {}))
     with pytest.raises(ConfigError, match="needs its 4 images at once, once, on one device"):
         local_round(config.protocol("0" * 64), "lyon", 1, {}, {}, site, machine)
+
+
+def job_of(config: FederationConfig, state: State, machine: Machine) -> Job:
+    return Job(config.protocol("0" * 64), "lyon", 1, state, {}, source(IMAGES), machine, PATIENTS, None, None)
 
 
 def test_a_fresh_teacher_is_the_student_with_what_of_it_stays_at_the_site() -> None:
@@ -191,7 +196,7 @@ def test_frozen_stages_keep_their_bits_and_the_rest_trains() -> None:
     config = recipe()
     frozen = config.model_copy(update={"backbone": config.backbone.model_copy(update={"frozen_stages": 2})})
     state = methods.get_state(methods.build(frozen))
-    job = Job(frozen.protocol("0" * 64), "lyon", 1, state, {}, source(IMAGES), Machine(threads=1))
+    job = job_of(frozen, state, Machine(threads=1))
     done = launch(train, job.machine, "float32", job)
     still = {name for name, array in state.items() if np.array_equal(array, done.state[name])}
     assert still == {name for name in state if name.startswith(("backbone.patch", "backbone.class", "backbone.blocks"))}
@@ -203,12 +208,7 @@ def test_the_site_memory_goes_round_through_a_round() -> None:
     config = recipe()
     state = methods.get_state(methods.build(config))
     machine = Machine(threads=1)
-    one = launch(
-        train, machine, "float32", Job(config.protocol("0" * 64), "lyon", 1, state, {}, source(IMAGES), machine)
-    )
-    again = launch(
-        train, machine, "float32", Job(config.protocol("0" * 64), "lyon", 1, state, {}, source(IMAGES), machine)
-    )
+    one, again = (launch(train, machine, "float32", job_of(config, state, machine)) for _ in range(2))
     assert state_hash(one.state) == state_hash(again.state)
     assert state_hash(one.memory) == state_hash(again.memory)
     assert {name.split(".")[0] for name in one.memory} == {"step", "exp_avg", "exp_avg_sq"}
