@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny
 
-from wardround.client.supernode import run_site
+from wardround.client.supervisor import run_site
 from wardround.errors import ConfigError
 from wardround.provision import provision
 from wardround.server.superlink import member_keys

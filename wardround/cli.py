@@ -215,7 +215,7 @@ def site_check(site: SiteFile, config: Config) -> None:
 @site_cli.command("run")
 def site_run(site: SiteFile) -> None:
     """Connect this site to the coordinator and answer its rounds, until stopped."""
-    from wardround.client.supernode import run_site
+    from wardround.client.supervisor import run_site
 
     run_site(site)
 

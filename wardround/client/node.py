@@ -1,4 +1,4 @@
-"""The process that answers a site's rounds: `python -m wardround.client.node SITE.toml`, started by supernode.py.
+"""The process that answers a site's rounds: `python -m wardround.client.node SITE.toml`, started by supervisor.py.
 
 It lives as long as the connection, so that torch, the images' index and the code are loaded once.
 """
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def answer_rounds(path: Path) -> None:
-    """Answer the coordinator's messages until stopped; each line printed is one that supernode.py knows."""
+    """Answer the coordinator's messages until stopped; each line printed is one that supervisor.py knows."""
     site = read_site(path)
     coordinator = site.coordinator
-    assert isinstance(coordinator, CoordinatorConfig), "supernode.py has looked"
+    assert isinstance(coordinator, CoordinatorConfig), "supervisor.py has looked"
     key = load_ssh_private_key(coordinator.private_key.read_bytes(), None)
     with connected(coordinator.address, coordinator.ca_certificate.read_bytes(), key) as connection:  # type: ignore[arg-type]  # provision makes no other
         print(f"connected as node {connection.node}", flush=True)

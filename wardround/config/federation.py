@@ -7,12 +7,13 @@ are outside it: they change neither what a site computes nor what leaves it.
 
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from wardround.config.aggregation import AggregationConfig
 from wardround.config.correction import CorrectionConfig, NoCorrectionConfig, ScaffoldConfig, refuse_unfit
+from wardround.config.membership import EvaluationSetConfig, MembershipConfig
 from wardround.config.method import MAEConfig, MethodConfig
 from wardround.config.privacy import NoPrivacyConfig, PrivacyConfig
 from wardround.config.strict import Name, Strict, digest
@@ -297,76 +298,6 @@ class Protocol(Recipe):
     def digest(self) -> str:
         """Return the protocol digest: 64 hexadecimal digits."""
         return digest(self)
-
-
-class MembershipConfig(Strict):
-    """Who takes part and how long is waited; changes need no new approval."""
-
-    sites: dict[Name, float] = Field(
-        default={},
-        description="The declared weight of each site by name; empty takes whoever connects or is in the data.",
-    )
-    units: dict[Name, Annotated[int, Field(ge=1)]] = Field(
-        default={},
-        description="Differential privacy: the declared number of patients (or images, where they are the unit) of "
-        "each site. A round number below the true one, never counted from the index.",
-    )
-    min_sites: int | None = Field(
-        default=None, ge=1, le=10_000, description="Fewest sites whose updates close a round; unset means all of them."
-    )
-    wait_seconds: float = Field(
-        default=600.0,
-        gt=0.0,
-        le=86_400.0,
-        description="How long the server waits for a round's sites to be there.",
-    )
-    round_seconds: float | None = Field(
-        default=None,
-        gt=0.0,
-        le=8_640_000.0,
-        description="How long a round waits for updates once it is sent; what comes later is dropped. Unset: "
-        "wait_seconds.",
-    )
-    sites_per_round: int | None = Field(
-        default=None,
-        ge=1,
-        le=10_000,
-        description="How many sites are asked in a round, drawn by seed and round; unset: all of them.",
-    )
-    server_names: tuple[str, ...] = Field(
-        default=("localhost", "127.0.0.1"),
-        min_length=1,
-        description="Host names and addresses in the server's certificate.",
-    )
-
-    @model_validator(mode="after")
-    def _weights_are_positive(self) -> Self:
-        for site, weight in self.sites.items():
-            if weight <= 0.0:
-                raise ValueError(f"sites: the weight of '{site}' is {weight}; expected above 0")
-        if self.sites and (self.min_sites or 0) > len(self.sites):
-            raise ValueError(f"min_sites = {self.min_sites}: only {len(self.sites)} sites are listed")
-        if self.sites_per_round is not None and (self.min_sites or 0) > self.sites_per_round:
-            raise ValueError(
-                f"min_sites = {self.min_sites}: only sites_per_round = {self.sites_per_round} are asked; lower it"
-            )
-        return self
-
-
-class EvaluationSetConfig(Strict):
-    """Images that the coordinator owns, for pictures and probes."""
-
-    kind: Literal["procedural", "labelled"] = Field(
-        description="procedural: generated phantoms. labelled: a folder with labels.csv."
-    )
-    folder: Path | None = Field(default=None, description="labelled: the folder.")
-    count: int = Field(default=64, ge=8, le=100_000, description="procedural: how many images.")
-
-    @model_validator(mode="after")
-    def _labelled_has_a_folder(self) -> Self:
-        if self.kind == "labelled" and self.folder is None:
-            raise ValueError("kind = 'labelled' needs the key 'folder'; add it, or take kind = 'procedural'")
-        return self
 
 
 class FederationConfig(Recipe):
