@@ -171,7 +171,8 @@ def knock(deployed: Deployment) -> None:
     stranger.mkdir()
     site_key(stranger / "site.key")
     kit = deployed.folder / "kits" / "lyon"
-    (stranger / "ca.crt").write_bytes((kit / "ca.crt").read_bytes())
+    for name in ("ca.crt", "coordinator.pub"):
+        (stranger / name).write_bytes((kit / name).read_bytes())
     (stranger / "site.toml").write_text((kit / "site.toml").read_text().replace('name = "lyon"', 'name = "stranger"'))
     deployed.join("stranger")
     deployed.wait_until("stranger", "tries again")
