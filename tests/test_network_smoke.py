@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -244,8 +244,9 @@ def test_what_dies_at_the_coordinator_is_started_again_and_a_stock_supernode_may
         deployed.join_by_stock_supernode("pisa")
         for site, program in (("lyon", "flower-superlink"), ("oslo", "wardround.server.rounds_process")):
             deployed.wait_until(site, f"site '{site}': round ", 180)
+            before = deployed.said("coordinator").count("Starts again in")
             kill(program, tmp_path)
-            deployed.wait_until("coordinator", "Starts again in")
+            until(lambda seen=before: deployed.said("coordinator").count("Starts again in") > seen)
         assert deployed.running["coordinator"].wait(240) == 0, deployed.said("coordinator")
         assert final(open_run(deployed.run)) == expected
 
@@ -261,9 +262,20 @@ def test_a_federation_that_cannot_go_on_ends_with_the_reason_in_one_line(data: P
 
 def kill(program: str, folder: Path) -> None:
     """Kill the one process of a program that works in a folder, as the kernel does where memory runs out."""
-    found = [process for process in psutil.process_iter() if any(w.endswith(program) for w in arguments(process))]
-    (own,) = [process for process in found if any(str(folder) in word for word in arguments(process))]
-    own.kill()
+
+    def own() -> list[psutil.Process]:
+        found = [process for process in psutil.process_iter() if any(w.endswith(program) for w in arguments(process))]
+        return [process for process in found if any(str(folder) in word for word in arguments(process))]
+
+    until(lambda: bool(own()))  # it may just be starting again
+    own()[0].kill()
+
+
+def until(holds: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def arguments(process: psutil.Process) -> list[str]:
