@@ -7,6 +7,7 @@ The protocol on the wire, its keys and its TLS are Flower's, so that a stock `fl
 `tests/test_connection.py` names what is leant on; flwr is pinned.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +38,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.supernode.fleet_http_connection import http_request_response
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class SiteConnection:
@@ -46,7 +49,7 @@ class SiteConnection:
     _calls: tuple[Any, ...]
 
     def receive(self) -> Message | None:
-        """Return the next message whole, or None where there is none, or its run is over."""
+        """Return the next message whole, or None where there is none, its run is over, or it broke off on the way."""
         _, receive, _, _, _, pull_object, _, confirm = self._calls
         try:
             found = receive()
@@ -60,6 +63,9 @@ class SiteConnection:
             confirm(run, tree.object_id)
         except RunNotRunningException:
             return None
+        except Exception as error:  # of a message, not of the connection, which waits and tries again by itself
+            log.warning("a message could not be taken: %s", error)
+            return None
         whole = inflate_object_from_contents(tree.object_id, parts)
         assert isinstance(whole, Message)
         whole.metadata.__dict__["_message_id"] = tree.object_id
@@ -68,7 +74,7 @@ class SiteConnection:
         return whole
 
     def answer(self, reply: Message, seconds: float) -> bool:
-        """Send a reply; return whether its run was still there to take it."""
+        """Send a reply; return whether it was taken. What is not, as its run is over, the next asking replays."""
         _, _, send, _, _, _, push_object, _ = self._calls
         run = reply.metadata.run_id
         reply.metadata.__dict__["_message_id"] = reply.object_id
@@ -80,7 +86,8 @@ class SiteConnection:
                     lambda key, content: push_object(run, session, key, content),
                     object_ids_to_push=wanted,
                 )
-        except RunNotRunningException:
+        except Exception as error:  # the run is over, or its coordinator was started anew in the middle of this
+            log.warning("an answer was not taken: %s", error)
             return False
         return True
 
