@@ -1,6 +1,6 @@
 """What private pretraining is worth: continued from procedural images, beside its own initialisation.
 
-    python benchmarks/private_utility.py --data shared/data/malaria_cells [--method mae] [--out runs/utility] [--quick]
+    python benchmarks/private_utility.py --data shared/data/malaria_cells [--method mae] [--out runs/utility] [--cut 1]
 
 Five sites of malaria_cells, as in federation_configs/malaria_METHOD.toml: MAE on a small ViT, or SimCLR on ResNet-18
 with group normalisation, against public negatives. Arms, all with the same schedule and evaluated with the same draws
@@ -47,10 +47,12 @@ def main() -> None:
     options.add_argument("--data", type=Path, required=True)
     options.add_argument("--method", choices=("mae", "simclr"), default="mae")
     options.add_argument("--out", type=Path, default=Path("runs/utility"))
-    options.add_argument("--quick", action="store_true", help="a tenth of the steps: whether it runs")
+    options.add_argument(
+        "--cut", type=int, default=1, help="take one in so many of the steps; 10 shows whether it runs"
+    )
     given = options.parse_args()
     base = tomllib.loads(Path(f"federation_configs/malaria_{given.method}.toml").read_text())
-    releases, said = train(base, given.data, given.out, 10 if given.quick else 1)
+    releases, said = train(base, given.data, given.out, given.cut)
     found = measure(base, releases, given.data)
     Console().print(table(found))
     name = given.out / "result.json"
