@@ -2,7 +2,7 @@
 
 Flower starts a new Python, which imports torch, for every message of a site, and runs whatever code
 the coordinator's bundle holds. Here a site keeps one process, and asks for no bundle: no code from the
-coordinator is ever fetched. The coordinator's rounds run in a process of ours, too, which outlives SuperLink.
+coordinator is ever fetched. The coordinator's rounds run in a process of ours, too, no child of SuperLink's.
 The protocol on the wire, its keys and its TLS are Flower's, so that a stock `flower-supernode` still joins.
 `tests/test_connection.py` names what is leant on; flwr is pinned.
 """
@@ -52,18 +52,19 @@ class SiteConnection:
         """Return the next message whole, or None where there is none, its run is over, or it broke off on the way."""
         _, receive, _, _, _, pull_object, _, confirm = self._calls
         try:
-            found = receive()
-            if found is None:
-                return None
-            message, tree = found
-            run = message.metadata.run_id
+            found = receive()  # what ails the connection itself ends it, and a supervisor opens another
+        except RunNotRunningException:
+            return None
+        if found is None:
+            return None
+        message, tree = found
+        run = message.metadata.run_id
+        try:
             parts = pull_objects(
                 [one.object_id for one in iterate_object_tree(tree)], lambda key: pull_object(run, key)
             )
             confirm(run, tree.object_id)
-        except RunNotRunningException:
-            return None
-        except Exception as error:  # of a message, not of the connection, which waits and tries again by itself
+        except Exception as error:  # its run is over, or the coordinator was started anew in the middle of this
             log.warning("a message could not be taken: %s", error)
             return None
         whole = inflate_object_from_contents(tree.object_id, parts)

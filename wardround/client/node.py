@@ -8,23 +8,19 @@ import sys
 import time
 from pathlib import Path
 
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Context, RecordDict
 
-from wardround.client.app import app
-from wardround.config.site import CoordinatorConfig, read_site
+from wardround.client.app import app, keys
+from wardround.config.site import read_site
 from wardround.connection import connected, polite_pause
-
-log = logging.getLogger(__name__)
 
 
 def answer_rounds(path: Path) -> None:
     """Answer the coordinator's messages until stopped; each line printed is one that supervisor.py knows."""
     site = read_site(path)
-    coordinator = site.coordinator
-    assert isinstance(coordinator, CoordinatorConfig), "supervisor.py has looked"
-    key = load_ssh_private_key(coordinator.private_key.read_bytes(), None)
-    with connected(coordinator.address, coordinator.ca_certificate.read_bytes(), key) as connection:  # type: ignore[arg-type]  # provision makes no other
+    coordinator, (own, _) = site.coordinator, keys(site)
+    assert coordinator is not None and own is not None, "supervisor.py has looked"
+    with connected(coordinator.address, coordinator.ca_certificate.read_bytes(), own) as connection:
         print(f"connected as node {connection.node}", flush=True)
         last = time.monotonic()
         while True:
@@ -43,4 +39,5 @@ def answer_rounds(path: Path) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for every time that we ask
     answer_rounds(Path(sys.argv[1]))

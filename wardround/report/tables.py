@@ -118,7 +118,7 @@ def rounds_table(records: Sequence[Mapping[str, Any]]) -> Table:
         sites = record["sites"].values()
         shares = (None if site["loss"] is None else site["weight"] * site["loss"] for site in sites)
         shown = {
-            "epsilon": told((site["epsilon"] for site in sites), max, ".3f"),
+            "epsilon": upward(max((site["epsilon"] for site in sites), default=0.0)) if private else "",
             "loss": told(shares, sum, ".4f"),
             "rank": told((site["effective_rank"] for site in sites), min, ".1f"),
             "images": told((site["images"] for site in sites), sum, ","),

@@ -35,4 +35,5 @@ def main(folder: str, kit: str, address: str, secret: str, number: str) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for every time that we ask
     main(*sys.argv[1:])

@@ -73,10 +73,11 @@ def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1") -> None
         if not _registered(home, run.members):
             _forget(home)
         with gate(kit, host, port, inner, logs / "gate.log"):
-            tries, done = 0, -1
+            tries, done, lived = 0, -1, False
             while True:
                 try:
                     with _superlink(run.path, home, kit, inner) as link:
+                        lived = True
                         _register(link, run.members)
                         if tries == 0:
                             name = run.config.name
@@ -84,6 +85,8 @@ def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1") -> None
                         _follow(link, run)
                     break
                 except Died as death:
+                    if not lived:  # it never came up: a new start would not either
+                        raise
                     committed = run.committed()[-1]
                     tries, done = (tries + 1 if committed == done else 1), committed
                     if tries > _TRIES:
@@ -130,6 +133,7 @@ class Link:
         except ValueError:
             answer = {"error-message": done.stderr or done.stdout}
         if not answer.get("success"):  # its exit status is 0 even so
+            self.check()
             reason = " ".join(str(answer.get("error-message")).split())
             raise WardroundError(f"Flower refused '{' '.join(map(str, arguments[:2]))}': {reason[-300:]}.")
         return answer
@@ -147,7 +151,7 @@ def _superlink(run: Path, home: Path, kit: Path, port: int) -> Iterator[Link]:
         *(part for option, name in tls.items() for part in (option, kit / name)),
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
-        # The rounds are a process of ours, which outlives SuperLink and says what ails it.
+        # The rounds are a process of ours, which says itself what ails it.
         *("--isolation", "process", "--superexec-auth-secret-file", secret),
         # On disk, so that sites stay connected, and go on training, while the coordinator is restarted.
         *("--database", home / "state.db"),
