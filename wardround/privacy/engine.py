@@ -23,7 +23,7 @@ from wardround.privacy.bookkeeping import Clipped, clipped_sum
 from wardround.privacy.grouping import Grouping
 from wardround.privacy.hooks import GhostClipping, PerImageHooks
 from wardround.privacy.method import Decomposing, trained
-from wardround.privacy.noise import fresh_generator, standard_normal, uniform
+from wardround.privacy.noise import fresh_generator, fresh_words, generator_from, standard_normal, uniform
 from wardround.privacy.rows import rows_of_calls
 
 if TYPE_CHECKING:
@@ -57,12 +57,19 @@ class Private:
         order = np.argsort(units, kind="stable")
         order = order[units[order] >= 0]
         edges = np.flatnonzero(np.diff(units[order], prepend=-1, append=np.iinfo(np.int32).max))
-        every = [order[first:end] for first, end in pairwise(edges)]
-        self.units = every[fabric.global_rank :: fabric.world_size]  # each unit is one process's alone
+        self.units = [order[first:end] for first, end in pairwise(edges)]
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the images that a step draws and the unit of each, ascending: twice [B]; B may be 0."""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Return the images that a step draws and the unit of each, ascending, alike in all processes: twice [B].
+
+        B may be 0.
+        """
         self.method.view_size = self.recipe.view_size(step)
+        drawn: tuple[Tensor, Tensor] = self.fabric.broadcast(self.draw())
+        return drawn
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Return the images that are drawn and the unit of each, ascending: twice [B]."""
         draw = fresh_generator()
         drawn = uniform(len(self.units)) < self.mechanism.rate
         rows, units = [], []
@@ -80,10 +87,13 @@ class Private:
         The loss is for the site's own eyes. A part whose loss is no number counts for nothing in it.
         """
         rows, units = batch
+        inputs = self.inputs(rows)
         sums = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
         losses = [torch.zeros(0, device=self.device)]
-        for part in self.parts(units):
-            clipped = self._part(rows[part], units[part])
+        for place, part in enumerate(self.parts(units)):
+            if place % self.fabric.world_size != self.fabric.global_rank:
+                continue  # another process's
+            clipped = self._part(units[part], tuple(x[part] for x in inputs))
             losses.append(clipped.losses)
             for name, total in clipped.sums.items():
                 sums[name] += total
@@ -97,7 +107,7 @@ class Private:
         sizes = [parameter.numel() for parameter in self.parameters.values()]
         for parameter, gradient in zip(self.parameters.values(), torch.split(flat, sizes), strict=True):
             parameter.grad = gradient.view_as(parameter)
-        finite = torch.cat(losses).float()
+        finite = torch.cat(losses).double()  # whose mean is finite, too
         finite = finite[finite.isfinite()]
         return finite.mean() if len(finite) else torch.zeros((), device=self.device)
 
@@ -111,10 +121,20 @@ class Private:
                 yield slice(first, end)
                 first = end
 
-    def _part(self, rows: Tensor, units: Tensor) -> Clipped:
-        """Return what some units add."""
+    def inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return the method's inputs of all images of a step, alike in all processes.
+
+        They are made at once: what a method draws for a whole batch, such as public negatives, must not
+        depend on how one patient more or less cuts it into parts.
+        """
+        words = self.fabric.broadcast(fresh_words())
+        if not len(rows):
+            return ()
         images = torch.from_numpy(self.images[rows.numpy()]).to(self.device).float().div_(255.0)
-        inputs = self.method.prepare(images, fresh_generator())
+        return self.method.prepare(images, generator_from(words))
+
+    def _part(self, units: Tensor, inputs: tuple[Tensor, ...]) -> Clipped:
+        """Return what some units add."""
         units = units - units[0]
         group = Grouping(units.to(self.device), int(units[-1]) + 1)
         low = self.recipe.training.precision != "float32"
@@ -135,13 +155,13 @@ def clipper(method: Decomposing, recipe: Recipe) -> Clipper:
         return GhostClipping(method, recipe.data.shape, recipe.privacy)
     known: dict[int, list[int]] = {}  # rows of the calls, by size of view
 
-    def bookkeeping(inputs: tuple[Tensor, ...], group: Grouping, clip: float) -> Clipped:
+    def rows() -> list[int]:
         if method.view_size not in known:
             known[method.view_size] = rows_of_calls(method, recipe.data.shape)
-        return clipped_sum(method, inputs, group, clip, known[method.view_size])
+        return known[method.view_size]
 
-    known[method.view_size] = rows_of_calls(method, recipe.data.shape)
-    return bookkeeping
+    rows()
+    return lambda inputs, group, clip: clipped_sum(method, inputs, group, clip, rows())
 
 
 def refuse_coupled(method: Decomposing, unit: str) -> None:

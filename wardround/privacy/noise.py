@@ -26,7 +26,12 @@ def fresh_generator() -> torch.Generator:
     one after the other. This start cannot be guessed, but a Mersenne Twister is no cryptographic
     generator: 624 outputs in full give its state, and with that all others.
     """
-    return generator_from(np.frombuffer(os.urandom(4 * WORDS), dtype=np.uint32))
+    return generator_from(fresh_words())
+
+
+def fresh_words() -> NDArray[np.uint32]:
+    """Return a state for `generator_from` from the operating system, [WORDS]."""
+    return np.frombuffer(os.urandom(4 * WORDS), dtype=np.uint32)
 
 
 def generator_from(words: NDArray[np.uint32]) -> torch.Generator:
