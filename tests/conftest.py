@@ -28,6 +28,24 @@ TINY: dict[str, Any] = {
     "training": {"rounds": 2, "local_steps": 3, "batch_size": 4},
 }
 
+# Kills its own process, by a signal, in the n-th call of one function: `python -c KILLER FUNCTION N ARGUMENTS`.
+KILLER = """
+import os, pkgutil, signal, sys
+owner, name = sys.argv.pop(1).rsplit(".", 1)
+calls = int(sys.argv.pop(1))
+owner = pkgutil.resolve_name(owner)
+real = getattr(owner, name)
+def deadly(*arguments, **named):
+    global calls
+    calls -= 1
+    if calls == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **named)
+setattr(owner, name, deadly)
+from wardround.cli import main
+main()
+"""
+
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return a nested dictionary with some of its values changed."""
@@ -94,3 +112,15 @@ def shared_data() -> Callable[[str], Path]:
         return SHARED / name
 
     return find
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return one MLflow store for all tests of a file: making its database takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a labelled folder of two sites."""
+    return write_labelled(tmp_path_factory.mktemp("labelled"), {"lyon": 20, "oslo": 30})

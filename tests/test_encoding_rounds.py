@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, merged, tiny, to_toml, write_labelled
+from conftest import KILLER, ROOT, TINY, merged, tiny, to_toml
 from flwr.app import Message
 from honest_sites import DECLARED, SITES, Cut, Sites, final, ignore, make_run
-from test_simulate import KILLER
 
 from wardround import simulate as in_process
 from wardround.client.app import run_task
@@ -291,16 +290,6 @@ def test_the_encoding_is_part_of_what_sites_approve() -> None:
     assert len(digests) == 3
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("labelled"), {"lyon": 20, "oslo": 30})
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-
-
 DEEP = {"name": "tiny", "encoding": "int8", "backbone": {"depth": 2}, "training": {"rounds": 3}}
 DEEP["evaluation_set"] = {"kind": "procedural", "count": 8}
 
@@ -361,7 +350,7 @@ def test_the_record_says_the_bytes_that_crossed(crossed: Crossed) -> None:
 def test_killed_while_updates_of_the_second_round_arrive_it_ends_bit_equal(
     crossed: Crossed, data: Path, store: str, tmp_path: Path
 ) -> None:
-    """By SIGKILL, once: tests/test_simulate.py walks through the places."""
+    """By SIGKILL, once: tests/test_kill_points.py walks through the places."""
     config = tmp_path / "tiny.toml"
     config.write_text(to_toml(merged(TINY, DEEP)))
     command = ["simulate", str(config), "--data", str(data), "--out", str(tmp_path / "run")]

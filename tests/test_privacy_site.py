@@ -15,7 +15,7 @@ from honest_sites import SITES, Cut, Sites, ignore, make_run
 from scipy import stats
 
 from wardround.config.privacy import SitePrivacyConfig
-from wardround.errors import ConfigError
+from wardround.errors import ConfigError, UpdateError
 from wardround.privacy.accounting import Mechanism, epsilon
 from wardround.privacy.site_level import CLIP, clipped, factor, next_clip, noise, noisy_mean, norm, privatise, spent
 from wardround.privacy.statement import statement
@@ -291,8 +291,8 @@ def test_with_noise_at_the_site_the_server_adds_none_and_takes_no_measured_figur
 def test_the_statement_says_whom_it_protects_against() -> None:
     outside = "Timing, availability and the choice of hyper-parameters are outside it."
     assert statement(FIXED, 20) == (
-        "The states released through round 20 are (4, 0.0001)-differentially private in one whole site, against other "
-        f"sites and users, not against the server. {outside}"
+        "The states released through round 20 are (4.000, 0.0001)-differentially private in one whole site, against "
+        f"other sites and users, not against the server. {outside}"
     )
     at_site = SitePrivacyConfig(**SITE | {"noise": "site"})
     assert statement(at_site, 20, epsilon=2.00001) == (
@@ -301,10 +301,24 @@ def test_the_statement_says_whom_it_protects_against() -> None:
     )
     patient = tiny(privacy={"unit": "patient", "epsilon": 8.0, "delta": 1e-5}).privacy
     assert statement(patient, 20) == (
-        "Everything a site releases through round 20 is (8, 1e-05)-differentially private under adding or removing one "
-        f"patient at that site, against the server and the other sites. {outside}"
+        "Everything a site releases through round 20 is (8.000, 1e-05)-differentially private under adding or removing "
+        f"one patient at that site, against the server and the other sites. {outside}"
     )
     assert statement(tiny().privacy, 20) == "none: the coordinator may be able to reconstruct images"
+
+
+@pytest.mark.parametrize("unit", ["none", "site"])
+def test_what_ails_a_sites_training_crosses_only_without_privacy(tmp_path: Path, unit: str) -> None:
+    data = write_labelled(tmp_path / "data", dict.fromkeys(SITES, 10))
+    without = {} if unit == "none" else federation(noise="site")
+    config = tiny(**without, data={"std": [1e-40]})  # pixels over it are infinite
+    with pytest.raises(UpdateError) as refused:
+        simulate(config, data, tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}", threads=1)
+    if unit == "none":
+        assert "training: site 'lyon', round 1: the loss is nan at local step 1 of 3" in str(refused.value)
+    else:
+        assert "failed: the reason stands in the site's own log" in str(refused.value)
+        assert "loss" not in str(refused.value)
 
 
 @pytest.mark.parametrize("place", ["server", "site"])

@@ -32,12 +32,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_labelled(tmp_path_factory.mktemp("labelled"), {"lyon": 30, "oslo": 40})
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return one MLflow store for all tests: making its database takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-
-
 def test_each_site_spends_what_the_check_said_and_tells_no_more_than_it_may(
     data: Path, store: str, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, merged, tiny, to_toml, write_labelled
+from conftest import KILLER, ROOT, TINY, merged, tiny, to_toml
 
 from wardround.errors import DataError
 from wardround.server.run_folder import RunFolder, open_run
@@ -19,17 +19,6 @@ TINY_KEPT = {"training": {"optimiser_state": "kept"}, "evaluation_set": {"kind":
 
 def final(run: RunFolder) -> str:
     return state_hash(run.checkpoint(run.committed()[-1]).state)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return one MLflow store for all tests: making its database takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("labelled"), {"lyon": 20, "oslo": 30})
 
 
 @pytest.fixture(scope="module")
@@ -65,66 +54,38 @@ def test_each_round_has_a_picture_of_the_coordinators_own_images(whole: RunFolde
     assert (whole.path / "losses.png").stat().st_size > 1000
 
 
-# Where the process kills itself: in which call of which function. The run then starts again from disk.
-KILLS = {
-    "while the first state is written": ("wardround.registry.checkpoint.write_file", 2),
-    "while MLflow's database is made": ("os.link", 1),
-    "while updates arrive": ("wardround.server.spool.Spool.add", 2),
-    "while a site trains": ("wardround.client.local_round.pretrain", 2),
-    "between closing and commit": ("wardround.server.rounds.fold", 1),
-    "while the checkpoint is written": ("wardround.registry.checkpoint.write_file", 5),
-    "between commit and the MLflow record": ("wardround.server.tracking.Tracking.committed", 1),
-}
-KILLER = """
-import os, pkgutil, signal, sys
-owner, name = sys.argv.pop(1).rsplit(".", 1)
-calls = int(sys.argv.pop(1))
-owner = pkgutil.resolve_name(owner)
-real = getattr(owner, name)
-def deadly(*arguments, **named):
-    global calls
-    calls -= 1
-    if calls == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*arguments, **named)
-setattr(owner, name, deadly)
-from wardround.cli import main
-main()
-"""
-
-
-@pytest.mark.parametrize("where", KILLS)
-def test_killed_and_started_again_it_ends_bit_equal(
-    where: str, whole: RunFolder, data: Path, store: str, tmp_path: Path
-) -> None:
+@pytest.fixture
+def command(data: Path, store: str, tmp_path: Path) -> list[str]:
+    """Return the CLI's arguments for such a run."""
     config = tmp_path / "tiny.toml"
     config.write_text(to_toml(merged(TINY, TINY_KEPT)))
-    command = ["simulate", str(config), "--data", str(data), "--out", str(tmp_path / "run")]
-    command += ["--tracking", store, "--threads", "1"]
-    function, call = KILLS[where]
-    if function == "os.link":
-        command[command.index(store)] = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLER, function, str(call), *command], cwd=ROOT, capture_output=True
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert not (tmp_path / "run" / "rounds" / "00002" / "checkpoint").exists()
+    where = ["--data", str(data), "--out", str(tmp_path / "run"), "--tracking", store]
+    return ["simulate", str(config), *where, "--threads", "1"]
+
+
+def wardround(command: list[str]) -> None:
     subprocess.run([sys.executable, "-m", "wardround.cli", *command], cwd=ROOT, check=True)
+
+
+def test_killed_while_mlflows_database_is_made_it_goes_on(
+    whole: RunFolder, command: list[str], store: str, tmp_path: Path
+) -> None:
+    """Where it is killed otherwise, tests/test_kill_points.py walks through; this database is made once for those."""
+    command[command.index(store)] = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    killed = subprocess.run([sys.executable, "-c", KILLER, "os.link", "1", *command], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    wardround(command)
     run = open_run(tmp_path / "run")
     assert final(run) == final(whole)
     assert all((run.round(number) / "logged.json").exists() for number in (1, 2))
 
 
-def test_ctrl_c_says_how_to_go_on_and_loses_nothing(whole: RunFolder, data: Path, store: str, tmp_path: Path) -> None:
-    config = tmp_path / "tiny.toml"
-    config.write_text(to_toml(merged(TINY, TINY_KEPT)))
-    command = ["simulate", str(config), "--data", str(data), "--out", str(tmp_path / "run")]
-    command += ["--tracking", store, "--threads", "1"]
+def test_ctrl_c_says_how_to_go_on_and_loses_nothing(whole: RunFolder, command: list[str], tmp_path: Path) -> None:
     # A shell's background job starts with SIGINT ignored; a terminal's does not.
     interrupt = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + KILLER
     interrupt = interrupt.replace("signal.SIGKILL", "signal.SIGINT")
     stopped = subprocess.run(
-        [sys.executable, "-c", interrupt, KILLS["between closing and commit"][0], "2", *command],
+        [sys.executable, "-c", interrupt, "wardround.server.rounds.fold", "2", *command],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert stopped.returncode == 130
@@ -132,7 +93,7 @@ def test_ctrl_c_says_how_to_go_on_and_loses_nothing(whole: RunFolder, data: Path
         "stopped; what is committed is kept: start the same command again"
     )
     assert "Traceback" not in stopped.stderr
-    subprocess.run([sys.executable, "-m", "wardround.cli", *command], cwd=ROOT, check=True)
+    wardround(command)
     assert final(open_run(tmp_path / "run")) == final(whole)
 
 
@@ -153,20 +114,16 @@ def test_mlflow_out_of_reach_lets_training_go_on_and_is_logged_later(
 
 
 def test_a_disk_that_is_full_stops_in_one_line_and_goes_on_when_mended(
-    whole: RunFolder, data: Path, store: str, tmp_path: Path
+    whole: RunFolder, command: list[str], tmp_path: Path
 ) -> None:
     """A file-size limit stands in for the full disk: the kernel refuses the write in the same way."""
-    config = tmp_path / "tiny.toml"
-    config.write_text(to_toml(merged(TINY, TINY_KEPT)))
-    command = ["simulate", str(config), "--data", str(data), "--out", str(tmp_path / "run")]
-    command += ["--tracking", store, "--threads", "1"]
     limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); from wardround.cli import main; main()"
     full = subprocess.run([sys.executable, "-c", limit, *command], cwd=ROOT, capture_output=True, text=True)
     assert full.returncode == 2
     last = full.stderr.splitlines()[-1]
     assert last.startswith("error: ") and "cannot be written: File too large. Nothing committed is lost;" in last
-    subprocess.run([sys.executable, "-m", "wardround.cli", *command], cwd=ROOT, check=True)
+    wardround(command)
     assert final(open_run(tmp_path / "run")) == final(whole)
 
 

@@ -89,7 +89,7 @@ def _terms(config: FederationConfig, site: str) -> str:
             "the true one."
         )
     units = config.membership.units[site]
-    return f"\n[privacy]\nepsilon = {2 * privacy.epsilon}\ndelta = {privacy.delta}\nunits = {units}\n"
+    return f"\n[privacy]\nepsilon = {min(2 * privacy.epsilon, 1000.0)}\ndelta = {privacy.delta}\nunits = {units}\n"
 
 
 def _labelled(data: Path) -> bool:

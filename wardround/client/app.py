@@ -1,6 +1,8 @@
 """The site's end of Flower: a message in, the policy's and the journal's word, an answer out."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from wardround.client.journal import Journal
 from wardround.client.local_round import local_round
 from wardround.config import Protocol, SiteConfig, read_site
 from wardround.config.privacy import UnitPrivacyConfig
-from wardround.data import SiteImages, open_site
+from wardround.data import open_site
 from wardround.errors import BudgetExhausted, DataError, PolicyRefusal, UpdateError, WardroundError
 from wardround.ssl.devices import Machine
 from wardround.update import Refusal, Task, state_hash, withholds
@@ -81,7 +83,8 @@ def run_task(site: SiteConfig, task: Task) -> bytes | Refusal:
         raise PolicyRefusal(f"round {task.round} was released from another state already, and its noise pays for once.")
     if steps and state is not held:
         journal.hold(state)
-    images = _opened(site, protocol)
+    with _own_affair(protocol):
+        images = open_site(site, protocol.data)
     memory = journal.memory(task.last_folded)
     if memory is None:
         log.warning("site '%s': the site memory of round %d is lost; it starts anew", site.name, task.last_folded)
@@ -90,17 +93,21 @@ def run_task(site: SiteConfig, task: Task) -> bytes | Refusal:
         private = isinstance(protocol.privacy, UnitPrivacyConfig)
         charged = charge(site, protocol, task) if private else None
     midway = None if private else journal.midway(task.round)  # noise once drawn is not kept to be drawn upon
-    update, memory = local_round(protocol, site.name, task.round, state, memory, images, machine(site), charged, midway)
+    with _own_affair(protocol):
+        update, memory = local_round(
+            protocol, site.name, task.round, state, memory, images, machine(site), charged, midway
+        )
     block = update.to_bytes()
     journal.finish(task.round, block, memory)
     return block
 
 
-def _opened(site: SiteConfig, protocol: Protocol) -> SiteImages:
-    """Return the site's images; with a privacy unit, what ails them crosses not even as a word."""
+@contextmanager
+def _own_affair(protocol: Protocol) -> Iterator[None]:
+    """Let what ails images or training cross as a bare failure where privacy withholds what is measured of them."""
     try:
-        return open_site(site, protocol.data)
-    except DataError as error:
+        yield
+    except (DataError, UpdateError) as error:
         if withholds(protocol.privacy):
             raise WardroundError(str(error)) from error
         raise

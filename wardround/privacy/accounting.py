@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 from functools import lru_cache
 
 import numpy as np
@@ -51,12 +52,12 @@ class Mechanism:
 
 
 def upward(epsilon: float) -> str:
-    """Return an epsilon as text, never below what it is.
+    """Return an epsilon as text of three digits after the point, never below what it is.
 
-    >>> upward(7.99901)
-    '8.000'
+    >>> upward(7.99901), upward(1.1)
+    ('8.000', '1.100')
     """
-    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
+    return f"{Decimal(repr(epsilon)).quantize(Decimal('0.001'), ROUND_CEILING)}"
 
 
 def epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:

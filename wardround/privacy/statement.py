@@ -1,8 +1,7 @@
 """The privacy statement: what is promised, in the words of DESIGN.md and no others."""
 
-import math
-
 from wardround.config.privacy import NoPrivacyConfig, PrivacyConfig, UnitPrivacyConfig
+from wardround.privacy.accounting import upward
 
 NONE = "none: the coordinator may be able to reconstruct images"
 _OUTSIDE = "Timing, availability and the choice of hyper-parameters are outside it."
@@ -19,7 +18,7 @@ def statement(privacy: PrivacyConfig, rounds: int, site: str | None = None, epsi
     """
     if isinstance(privacy, NoPrivacyConfig):
         return NONE
-    numbers = f"({_up(privacy.epsilon if epsilon is None else epsilon)}, {privacy.delta})"
+    numbers = f"({upward(privacy.epsilon if epsilon is None else epsilon)}, {privacy.delta})"
     if isinstance(privacy, UnitPrivacyConfig):
         who, there = (f"site '{site}'", f"'{site}'") if site else ("a site", "that site")
         return (
@@ -31,13 +30,3 @@ def statement(privacy: PrivacyConfig, rounds: int, site: str | None = None, epsi
         f"The {released} released through round {rounds} are {numbers}-differentially private in one whole site, "
         f"against other sites and users, {server} against the server. {_OUTSIDE}"
     )
-
-
-def _up(epsilon: float) -> str:
-    """Return an epsilon rounded up to three digits after the point.
-
-    >>> _up(3.0), _up(3.00001)
-    ('3', '3.001')
-    """
-    thousandths = math.ceil(round(epsilon * 1000, 6))  # 1.1 * 1000 lies a bit above 1100
-    return f"{thousandths / 1000:.3f}".rstrip("0").rstrip(".")
