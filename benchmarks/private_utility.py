@@ -1,10 +1,9 @@
 """What private pretraining is worth: continued from procedural images, beside its own initialisation.
 
-    python benchmarks/private_utility.py --data shared/data/malaria_cells [--method mae] [--out runs/utility] [--cut 1]
+    python benchmarks/private_utility.py --data shared/data/malaria_cells [--out runs/utility] [--cut 1]
 
-Five sites of malaria_cells, as in federation_configs/malaria_METHOD.toml: MAE on a small ViT, or SimCLR on ResNet-18
-with group normalisation, against public negatives. Arms, all with the same schedule and evaluated with the same draws
-of labelled patients:
+Five sites of malaria_cells, as in federation_configs/malaria_mae.toml: MAE on a small ViT. Arms, all with the
+same schedule and evaluated with the same draws of labelled patients:
 
     random             the encoder's random weights
     initialisation     pretrained on procedural images alone, which nobody owns
@@ -45,13 +44,12 @@ def main() -> None:
     """Train what is missing, evaluate all arms, print and write the table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", type=Path, required=True)
-    options.add_argument("--method", choices=("mae", "simclr"), default="mae")
     options.add_argument("--out", type=Path, default=Path("runs/utility"))
     options.add_argument(
         "--cut", type=int, default=1, help="take one in so many of the steps; 10 shows whether it runs"
     )
     given = options.parse_args()
-    base = tomllib.loads(Path(f"federation_configs/malaria_{given.method}.toml").read_text())
+    base = tomllib.loads(Path("federation_configs/malaria_mae.toml").read_text())
     releases, said = train(base, given.data, given.out, given.cut)
     found = measure(base, releases, given.data)
     Console().print(table(found))
@@ -91,9 +89,8 @@ def train(base: dict[str, Any], data: Path, out: Path, cut: int) -> tuple[dict[s
 def config(
     base: dict[str, Any], training: dict[str, Any], declared: dict[str, int] | None = None, **sections: Any
 ) -> FederationConfig:
-    """Return the federation's config with another schedule, and with public negatives where it compares images."""
-    method = base["method"] | ({"negatives": "public"} if base["method"]["name"] == "simclr" else {})
-    changes = {"method": method, "training": base["training"] | training, "membership": {"units": declared or {}}}
+    """Return the federation's config with another schedule."""
+    changes = {"training": base["training"] | training, "membership": {"units": declared or {}}}
     return parse({**base, **changes, **sections}, FederationConfig, base["name"])
 
 

@@ -169,6 +169,6 @@ def refuse_coupled(method: Decomposing, unit: str) -> None:
     if method.coupling is not None:
         raise ConfigError(
             f"[privacy] unit = '{unit}': {method.coupling}, so that clipping does not bound what one {unit} changes. "
-            "Take mae, simclr with negatives = 'public', byol, simsiam, ijepa, or dino with centre = 'public', on "
-            "[backbone] norm = 'group'; or [privacy] unit = 'site'."
+            "Take mae, ijepa or dino with centre = 'public', on [backbone] norm = 'group'; or [privacy] unit = 'site'. "
+            "Sound too, and seen to collapse: byol, simsiam, simclr with negatives = 'public'."
         )
