@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wardround.config import FederationConfig
-from wardround.config.privacy import NoPrivacyConfig
+from wardround.config.privacy import NoPrivacyConfig, UnitPrivacyConfig
 from wardround.data import SiteImages
 from wardround.plan import Budget, Cost, Plan
 from wardround.privacy.accounting import upward
@@ -40,6 +40,8 @@ def plan_table(plan: Plan, cost: Cost) -> Table:
     config, training = plan.config, plan.config.training
     seconds = training.total_steps * cost.seconds_per_step
     span = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    private = isinstance(config.privacy, UnitPrivacyConfig)
+    drawn = f"{config.privacy.unit}s on average, by chance" if private else "images"
     rows = {
         "protocol digest": plan.digest,
         "backbone": f"{config.backbone.name}, {cost.backbone_parameters:,} parameters",
@@ -47,7 +49,7 @@ def plan_table(plan: Plan, cost: Cost) -> Table:
         "loss": f"couples images: {cost.coupling}" if cost.coupling else "decomposes over images, so over patients",
         "images": f"{' x '.join(str(edge) for edge in config.data.shape[1:])}, {config.data.channels} channel(s)",
         "rounds": f"{training.rounds} of {training.local_steps} local steps",
-        "batch": f"{training.batch_size} images, {training.precision}",
+        "batch": f"{training.batch_size} {drawn}, {training.precision}",
         "bytes a round and site": f"at most {cost.bytes_per_message:,} down, as many up ({config.encoding}); "
         f"at first {cost.bytes_per_state:,} down",
         "memory at a site": f"about {cost.memory_bytes / 2**20:,.0f} MiB beside Python and its libraries",
