@@ -1,18 +1,23 @@
-"""What a round costs beside training, against the floor of moving the same bytes.
+"""What a round costs beside training: Wardround, Flower's own FedAvg, and the floor of moving the bytes.
 
     python benchmarks/round.py [--states vit_tiny_patch16_224 vit_base_patch16_224] [--out FILE.json]
 
-Three sites train one step on two small images. A federation of three rounds and one of one round are
-run by the command, in one process and deployed (SuperLink, three SuperNodes, TLS and keys on, loopback);
-half of the difference is a round. The floors move a round's bytes, one state down and one update up
-a site: a copy in memory, and raw TCP on loopback.
+Three sites train one step on two small images. What is measured are the second and the third round of a
+federation that is deployed on loopback, start-up and the first round left out, and half of it is a round:
+
+    in one process          wardround simulate
+    deployed, float32       wardround coordinate and three wardround site run, TLS, keys and signatures on
+    deployed, int8          the same with encoding = 'int8', both ways
+    Flower FedAvg           flower-superlink, three flower-supernode, FedAvg(fraction_evaluate=0); neither TLS nor
+                            keys; nothing is trained, a site sends back what came
+
+Training is taken off ours: wall, the slowest site of a round; CPU, all of them. The bytes are those of
+the arrays, down and up. The floors copy a round's bytes in memory and send them by raw TCP on loopback.
 """
 
 import argparse
 import csv
 import json
-import os
-import platform
 import socket
 import subprocess
 import sys
@@ -21,186 +26,210 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import psutil
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from safetensors.numpy import save_file
+from views import machine
+from watch import Watched, watch
 
 from wardround.config import FederationConfig, parse
 from wardround.plan import resolve
-from wardround.registry.versions import versions
+from wardround.processes import command, environment, free_port
 from wardround.server.run_folder import open_run
 
 SITES = ("lyon", "oslo", "wien")
 WARDROUND = [sys.executable, "-m", "wardround.cli"]
+ROUNDS = 3
+FEDAVG = "Flower FedAvg"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What something took; memory is the largest sum over all of its processes."""
+    """What a round took; memory is the largest of the whole run, summed over processes."""
 
     wall: float  # seconds
     cpu: float  # seconds
-    memory: float  # bytes
+    bytes: float  # of arrays that crossed
+    server: float  # bytes of memory on the coordinator's side
+    memory: float  # bytes of memory of all
 
 
 def main() -> None:
     """Print a table and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--states", nargs="+", default=["vit_tiny_patch16_224", "vit_base_patch16_224"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    results = {name: measure(name) for name in arguments.states}
-    made = Table(title="One round of three sites, beside training")
-    for column in ("state", "MB a message", "way", "wall s", "CPU s", "peak MB", "wall / TCP floor"):
-        made.add_column(column)
-    for name, result in results.items():
-        for way, cost in result["costs"].items():
-            ratio = f"{cost['wall'] / result['costs']['floor: raw TCP']['wall']:.1f}"
-            numbers = (f"{cost['wall']:.2f}", f"{cost['cpu']:.2f}", f"{cost['memory'] / 1e6:,.0f}", ratio)
-            made.add_row(name, f"{result['bytes'] / 1e6:.1f}", way, *numbers)
-    Console(width=120).print(made)
-    report = {"machine": machine(), "versions": versions(), "results": results}
-    text = json.dumps(report, indent=2)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    else:
-        print(text)
+    report: dict[str, Any] = {"machine": machine(), "results": {}}
+    for name in arguments.states:
+        report["results"][name] = {way: asdict(cost) for way, cost in measure(name).items()}
+        if arguments.out:  # after each: a state takes minutes
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    Console(width=130).print(table(report["results"]))
 
 
-def measure(name: str) -> dict[str, object]:
-    """Return the size of a state's message and what each way of moving it costs."""
-    state = resolve(federation(name, 1)).state
-    size = sum(array.nbytes for array in state.values())
-    costs = {"floor: memory copy": copy_floor(size), "floor: raw TCP": tcp_floor(size)}
-    for way, run in (("in one process", in_process), ("deployed", deployed)):
-        one, three = run(name, 1), run(name, 3)
-        costs[way] = Cost((three.wall - one.wall) / 2, (three.cpu - one.cpu) / 2, three.memory)
-    return {"bytes": size, "costs": {way: asdict(cost) for way, cost in costs.items()}}
+def measure(name: str) -> dict[str, Cost]:
+    """Return what a round of a backbone costs each way."""
+    config = federation(name, "float32")
+    state = resolve(config).state
+    size = 2 * len(SITES) * sum(array.nbytes for array in state.values())
+    return {
+        "memory copy": copy_floor(size),
+        "raw TCP": tcp_floor(size),
+        "in one process": in_process(config),
+        "deployed, float32": deployed(config),
+        "deployed, int8": deployed(federation(name, "int8")),
+        FEDAVG: fedavg(state, size),
+    }
 
 
-def federation(name: str, rounds: int) -> FederationConfig:
+def table(results: dict[str, dict[str, dict[str, float]]]) -> Table:
+    """Return the costs, and beside each how many times those of FedAvg they are."""
+    made = Table(title="One round of three sites, beside training; in brackets against Flower's FedAvg")
+    for column in ("backbone", "way", "wall s", "CPU s", "MB that cross", "server MB", "all MB"):
+        made.add_column(column, justify="left" if column in ("backbone", "way") else "right")
+    for name, costs in results.items():
+        for way, cost in costs.items():
+            ratios = {
+                key: f"({value / costs[FEDAVG][key]:.2f})" if costs[FEDAVG][key] else "" for key, value in cost.items()
+            }
+            mega = {key: f"{cost[key] / 1e6:,.0f} {ratios[key]}" for key in ("bytes", "server", "memory")}
+            times = [f"{cost[key]:.2f} {ratios[key]}" for key in ("wall", "cpu")]
+            made.add_row(name, way, *times, mega["bytes"], mega["server"], mega["memory"])
+        made.add_section()
+    return made
+
+
+def federation(name: str, encoding: str) -> FederationConfig:
     """Return a federation whose training is next to nothing."""
-    raw = {
+    return parse(raw(name, encoding), FederationConfig, "bench")
+
+
+def raw(name: str, encoding: str) -> dict[str, Any]:
+    """Return it as a file has it."""
+    return {
         "format": 1,
         "name": "bench",
+        "encoding": encoding,
         "backbone": {"name": name},
         "data": {"image_size": 32},
-        "training": {"rounds": rounds, "local_steps": 1, "batch_size": 2, "optimiser_state": "fresh"},
+        "training": {"rounds": ROUNDS, "local_steps": 1, "batch_size": 2, "optimiser_state": "fresh"},
         "membership": {"sites": dict.fromkeys(SITES, 1.0)},
     }
-    return parse(raw, FederationConfig, "bench")
 
 
-def in_process(name: str, rounds: int) -> Cost:
-    """Return the cost of `wardround simulate`, training left out."""
+def in_process(config: FederationConfig) -> Cost:
+    """Return the cost of a round of `wardround simulate`."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        config = write_config(home, name, rounds)
-        data = write_images(home / "data")
-        command = [
-            *WARDROUND,
-            "simulate",
-            str(config),
-            "--data",
-            str(data),
-            "--out",
-            str(home / "run"),
-            "--threads",
-            "1",
-        ]
-        cost = watch([command], home)
-        return without_training(cost, home / "run")
+        path, data = write_config(home, config), write_images(home / "data")
+        run = ["simulate", str(path), "--data", str(data), "--out", str(home / "run"), "--threads", "1"]
+        return cost_of(home, {"server": [*WARDROUND, *run]})
 
 
-def deployed(name: str, rounds: int) -> Cost:
-    """Return the cost of `wardround coordinate` and three `wardround site run`, training left out."""
+def deployed(config: FederationConfig) -> Cost:
+    """Return the cost of a round of `wardround coordinate` and three `wardround site run`."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        config = write_config(home, name, rounds)
-        data = write_images(home / "data")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = str(probe.getsockname()[1])
-        provision = ["provision", str(config), "--out", str(home / "kits"), "--address", f"localhost:{port}"]
+        path, data, port = write_config(home, config), write_images(home / "data"), str(free_port())
+        provision = ["provision", str(path), "--out", str(home / "kits"), "--address", f"localhost:{port}"]
         subprocess.run([*WARDROUND, *provision], check=True, capture_output=True)
-        digest = resolve(federation(name, rounds)).digest
-        commands = []
-        for site in SITES:
-            path = home / "kits" / site / "site.toml"
-            text = path.read_text().replace("approved = []", f"approved = [{json.dumps(digest)}]")
-            images = f'[images]\nfolder = {json.dumps(str(data))}\nkind = "labelled"\nsite = "{site}"\n'
-            path.write_text(text.replace("[images]\n", images, 1).replace("threads = 0", "threads = 1"))
-            commands.append([*WARDROUND, "site", "run", str(path)])
         kit = ["--kit", str(home / "kits" / "coordinator"), "--out", str(home / "run"), "--port", port]
-        cost = watch([[*WARDROUND, "coordinate", str(config), *kit], *commands], home)
-        return without_training(cost, home / "run")
+        programs = {"server": [*WARDROUND, "coordinate", str(path), *kit]}
+        for site in SITES:
+            own = home / "kits" / site / "site.toml"
+            text = own.read_text().replace("approved = []", f"approved = [{json.dumps(resolve(config).digest)}]")
+            images = f'[images]\nfolder = {json.dumps(str(data))}\nkind = "labelled"\nsite = "{site}"\n'
+            own.write_text(text.replace("[images]\n", images, 1).replace("threads = 0", "threads = 1"))
+            programs[site] = [*WARDROUND, "site", "run", str(own)]
+        return cost_of(home, programs)
 
 
-def watch(commands: list[list[str]], home: Path) -> Cost:
-    """Run commands side by side until the first ends; return wall time, CPU time and peak memory of all processes."""
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}"}
-    started = time.monotonic()
-    logs = [(home / f"{number}.log").open("wb") for number in range(len(commands))]
-    running = [
-        psutil.Popen(command, cwd=home, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        for command, log in zip(commands, logs, strict=True)
-    ]
-    peak, seen = 0.0, dict[int, float]()
-    while running[0].poll() is None:
-        alive = 0.0
-        for process in [p for parent in running for p in family(parent)]:
-            try:
-                alive += process.memory_info().rss
-                times = process.cpu_times()
-                seen[process.pid] = times.user + times.system
-            except psutil.Error:  # it ended between the two calls
-                continue
-        peak = max(peak, alive)
-        time.sleep(0.1)
-    wall = time.monotonic() - started
-    for process in running[1:]:
-        process.terminate()
-    for process in running:
-        process.wait()
-    if running[0].returncode:
-        raise SystemExit((home / "0.log").read_text()[-2000:])
-    return Cost(wall, sum(seen.values()), peak)
-
-
-def family(process: psutil.Process) -> list[psutil.Process]:
-    """Return a process and all below it that still live."""
-    try:
-        return [process, *process.children(recursive=True)]
-    except psutil.Error:
-        return []
-
-
-def without_training(cost: Cost, run: Path) -> Cost:
-    """Take the sites' own training seconds off the wall time; a site trains on one thread, so off the CPU time too.
-
-    Deployed, the sites train side by side, so the slowest of a round counts for the wall time.
-    """
-    records = [open_run(run).record(number) for number in open_run(run).committed()[1:]]
+def cost_of(home: Path, programs: dict[str, list[str]]) -> Cost:
+    """Run a federation of ours to its last commit; return a round's cost without the sites' training."""
+    run = home / "run"
+    committed = [run / "rounds" / f"{number:05}" / "checkpoint" / "manifest.json" for number in range(1, ROUNDS + 1)]
+    environment = dict(environment_of(home), MLFLOW_TRACKING_URI=f"sqlite:///{home / 'mlflow.db'}")
+    found = watch(programs, home, environment, committed[-1].exists)
+    times = [committed[place].stat().st_mtime for place in (0, -1)]
+    records = [open_run(run).record(number) for number in range(2, ROUNDS + 1)]
     seconds = [[site["seconds"] for site in record["sites"].values()] for record in records]
-    in_turn = (run / "sites").exists()
-    wall = sum(sum(each) if in_turn else max(each) for each in seconds)
-    return Cost(cost.wall - wall, cost.cpu - sum(map(sum, seconds)), cost.memory)
+    one_by_one = len(programs) == 1
+    return a_round(
+        found,
+        times,
+        sum(record["bytes_sent"] + record["bytes_received"] for record in records),
+        sum(sum(each) if one_by_one else max(each) for each in seconds),
+        sum(map(sum, seconds)),
+    )
+
+
+def a_round(found: Watched, times: list[float], crossed: float, trained: float, cpu_trained: float) -> Cost:
+    """Return the cost of one of the rounds between two moments, training of all of them taken off."""
+    rounds = ROUNDS - 1
+    cpu = found.cpu_at(times[1]) - found.cpu_at(times[0])
+    wall = times[1] - times[0]
+    return Cost(
+        (wall - trained) / rounds, (cpu - cpu_trained) / rounds, crossed / rounds, found.memory["server"], found.total
+    )
+
+
+def fedavg(state: dict[str, np.ndarray], size: float) -> Cost:
+    """Return the cost of a round of Flower's own FedAvg over its own programs."""
+    with tempfile.TemporaryDirectory() as folder:
+        home, port = Path(folder), free_port()
+        save_file(state, home / "state.safetensors")
+        (home / "config.toml").write_text(f'[superlink.bench]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+        programs = {"server": command("flower-superlink", "--insecure", "--port", port)}
+        programs["server"].append("--disable-runtime-dependency-installation")
+        for site in SITES:
+            address = ("--insecure", "--superlink", f"127.0.0.1:{port}", "--port", free_port())
+            programs[site] = command("flower-supernode", *address)
+        times = home / "times.json"
+        values = f'state="{home / "state.safetensors"}" rounds={ROUNDS} times="{times}"'
+        app = Path(__file__).parent / "flower_fedavg"
+        starter = threading.Timer(15.0, submit, (home, command("flwr", "run", app, "bench", "--run-config", values)))
+        starter.start()
+        found = watch(programs, home, environment_of(home), lambda: len(read_times(times)) == ROUNDS + 1)
+        return a_round(found, [read_times(times)[1], read_times(times)[ROUNDS]], (ROUNDS - 1) * size, 0.0, 0.0)
+
+
+def submit(home: Path, program: list[str]) -> None:
+    """Submit the run; the log has what Flower says of it."""
+    with (home / "submit.log").open("wb") as log:
+        subprocess.run(program, env=environment_of(home), cwd=home, stdout=log, stderr=subprocess.STDOUT, check=False)
+
+
+def read_times(path: Path) -> list[float]:
+    """Return when each round was done, round 0 first; empty while none is."""
+    try:
+        times: list[float] = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return []
+    return times
+
+
+def environment_of(home: Path) -> dict[str, str]:
+    """Return what all programs see: one thread each, Flower's state in a folder that goes with the run."""
+    return environment(home) | {"OMP_NUM_THREADS": "1"}
 
 
 def copy_floor(size: int) -> Cost:
     """Return the cost of copying a round's bytes once in memory."""
-    source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
+    source, target = np.ones(size // 6, np.uint8), np.empty(size // 6, np.uint8)
     wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(2 * len(SITES)):
+    for _ in range(6):
         np.copyto(target, source)
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu, 2.0 * size)
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu, size, 0.0, size / 3)
 
 
 def tcp_floor(size: int) -> Cost:
     """Return the cost of sending a round's bytes through one loopback connection."""
-    block = bytes(size)
+    block = bytes(size // 6)
 
     def receive(server: socket.socket) -> None:
         connection, _ = server.accept()
@@ -213,22 +242,30 @@ def tcp_floor(size: int) -> Cost:
         wall, cpu = time.perf_counter(), time.process_time()
         reader.start()
         with socket.create_connection(server.getsockname()) as connection:
-            for _ in range(2 * len(SITES)):
+            for _ in range(6):
                 connection.sendall(block)
         reader.join()
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu, float(size))
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu, size, 0.0, size / 6)
 
 
-def write_config(home: Path, name: str, rounds: int) -> Path:
+def write_config(home: Path, config: FederationConfig) -> Path:
     """Write the federation's file."""
-    sites = ", ".join(f"{site} = 1.0" for site in SITES)
     path = home / "bench.toml"
-    path.write_text(
-        f'format = 1\nname = "bench"\n[backbone]\nname = "{name}"\n[data]\nimage_size = 32\n[training]\n'
-        f'rounds = {rounds}\nlocal_steps = 1\nbatch_size = 2\noptimiser_state = "fresh"\n'
-        f"[membership]\nsites = {{ {sites} }}\n"
-    )
+    tree = raw(config.backbone.name, config.encoding)
+    lines = [f"{key} = {json.dumps(value)}" for key, value in tree.items() if not isinstance(value, dict)]
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            pairs = [f"{key} = {inline(value)}" for key, value in values.items()]
+            lines += [f"[{section}]", *pairs]
+    path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def inline(value: object) -> str:
+    """Return a value as TOML has it in one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {inline(one)}" for key, one in value.items()) + " }"
+    return json.dumps(value)
 
 
 def write_images(folder: Path) -> Path:
@@ -244,13 +281,6 @@ def write_images(folder: Path) -> Path:
     with (folder / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     return folder
-
-
-def machine() -> str:
-    """Return the processor and its cores in words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{os.cpu_count()} x {model}, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()}"
 
 
 if __name__ == "__main__":

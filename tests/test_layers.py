@@ -53,3 +53,13 @@ for name in ("flwr", "mlflow", "monai", "opacus", "dp_accounting"):
 import wardround.data, wardround.backbones, wardround.ssl, wardround.plan, wardround.client.local_round
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_coordinators_processes_load_no_torch() -> None:
+    """They would take half a gigabyte each."""
+    code = """
+import sys
+import wardround.server.rounds_process, wardround.server.superlink, wardround.cli
+assert "torch" not in sys.modules, "torch is loaded"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -23,7 +23,6 @@ from wardround.config import FederationConfig, read_toml
 from wardround.plan import resolve
 from wardround.processes import command, environment, free_port
 from wardround.provision import provision
-from wardround.provision.keys import site_key
 from wardround.server.run_folder import RunFolder, open_run
 from wardround.simulate import simulate
 from wardround.update import state_hash
@@ -100,8 +99,10 @@ def deployment(folder: Path, data: Path) -> Iterator[Deployment]:
     config.write_text(to_toml(merged(TINY, CHANGES)))
     deployed = Deployment(folder, config, data)
     federation = read_toml(config, FederationConfig)
-    provision(federation, folder / "kits", list(SITES), f"localhost:{deployed.port}")
-    for site in SITES:
+    anyone = federation.model_copy(update={"membership": federation.membership.model_copy(update={"sites": {}})})
+    provision(anyone, folder / "kits", ["stranger"], f"localhost:{deployed.port}")
+    provision(federation, folder / "kits", list(SITES))  # who is not listed is not registered
+    for site in (*SITES, "stranger"):
         fill_in(folder / "kits" / site / "site.toml", data, resolve(federation).digest)
     try:
         yield deployed
@@ -167,13 +168,6 @@ def knock(deployed: Deployment) -> None:
             urllib.request.urlopen(request, context=trust)
         refused.value.close()
         assert refused.value.code == 404, path
-    stranger = deployed.folder / "kits" / "stranger"
-    stranger.mkdir()
-    site_key(stranger / "site.key")
-    kit = deployed.folder / "kits" / "lyon"
-    for name in ("ca.crt", "coordinator.pub"):
-        (stranger / name).write_bytes((kit / name).read_bytes())
-    (stranger / "site.toml").write_text((kit / "site.toml").read_text().replace('name = "lyon"', 'name = "stranger"'))
     deployed.join("stranger")
     deployed.wait_until("stranger", "tries again")
     deployed.end("stranger")
@@ -254,6 +248,7 @@ def test_what_dies_at_the_coordinator_is_started_again_and_a_stock_supernode_may
 def test_a_federation_that_cannot_go_on_ends_with_the_reason_in_one_line(data: Path, tmp_path: Path) -> None:
     with deployment(tmp_path, data) as deployed:
         deployed.config.write_text(to_toml(merged(TINY, merged(CHANGES, {"membership": {"wait_seconds": 1.0}}))))
+        provision(read_toml(deployed.config, FederationConfig), tmp_path / "kits")
         deployed.coordinate()
         assert deployed.running["coordinator"].wait(120) == 2
         last = deployed.said("coordinator").splitlines()[-1]

@@ -1,19 +1,26 @@
 """Certificates, keys and kits: verified by OpenSSL in a real handshake, and never written over."""
 
+import shutil
+import signal
 import socket
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
-from conftest import tiny
+from conftest import KILLER, ROOT, TINY, merged, tiny, to_toml
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from wardround.config import SiteConfig, read_toml
+from wardround.client.kit import check_kit
+from wardround.config import SiteConfig, read_site, read_toml
 from wardround.errors import ConfigError
 from wardround.provision import provision
+from wardround.provision.request import init
+from wardround.server.membership import read_membership
 
 SITES = ["lyon", "oslo"]
 
@@ -56,6 +63,38 @@ def test_openssl_accepts_the_coordinator_by_each_of_its_names(kits: Path, name: 
     assert handshake(kits, name, kits / "lyon" / "ca.crt") == "TLSv1.3"
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command is not installed")
+def test_the_openssl_command_verifies_certificate_request_and_checksums(kits: Path, tmp_path: Path) -> None:
+    strict = ["-x509_strict", "-purpose", "sslserver", "-verify_hostname", "federation.example.org"]
+    trust = ["-CAfile", kits / "lyon" / "ca.crt", kits / "coordinator" / "server.crt"]
+    subprocess.run(["openssl", "verify", *strict, *trust], check=True, capture_output=True)
+    path, _ = init(tmp_path / "home", "pisa")
+    said = subprocess.run(["openssl", "req", "-verify", "-noout", "-in", path], check=True, capture_output=True)
+    assert b"verify OK" in said.stderr + said.stdout
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=kits / "lyon", check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [1, 6, 9, 14])
+def test_a_kill_between_any_two_files_costs_nothing(calls: int, tmp_path: Path) -> None:
+    """Only a killed process shows that the next run completes what is there."""
+    config = tmp_path / "tiny.toml"
+    config.write_text(to_toml(merged(TINY, {"membership": {"sites": {"lyon": 1.0, "oslo": 1.0}}})))
+    command = ["provision", str(config), "--out", str(tmp_path / "kits")]
+    killed = [sys.executable, "-c", KILLER, "pathlib.Path.replace", str(calls), *command]
+    assert subprocess.run(killed, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    left = {name: block for name, block in contents(tmp_path).items() if "/." not in name}
+    subprocess.run([sys.executable, "-m", "wardround.cli", *command], cwd=ROOT, check=True, capture_output=True)
+    after = contents(tmp_path)
+    changed = {name for name, block in left.items() if after[name] != block}
+    assert changed <= {"kits/coordinator/membership.json", "kits/coordinator/federation.json"}
+    assert sorted(read_membership(tmp_path / "kits" / "coordinator").active) == ["lyon", "oslo"]
+    for site in ("lyon", "oslo"):
+        path = tmp_path / "kits" / site / "site.toml"
+        path.write_text(path.read_text().replace("# folder", "folder"))
+        check_kit(read_site(path), path)
+
+
 def test_openssl_refuses_the_coordinator_by_another_name(kits: Path) -> None:
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(kits, "elsewhere.example.org", kits / "lyon" / "ca.crt")
@@ -68,7 +107,8 @@ def test_another_federations_ca_is_not_trusted(kits: Path, tmp_path: Path) -> No
 
 
 def test_a_kit_holds_no_secret_but_the_sites_own(kits: Path) -> None:
-    names = {"README.md", "ca.crt", "coordinator.pub", "site.key", "site.toml"}
+    names = {"README.md", "SHA256SUMS", "SHA256SUMS.sig", "ca.crt", "coordinator.pub", "site.key", "site.pub"}
+    names.add("site.toml")
     assert {path.name for path in (kits / "lyon").iterdir()} == names
     secrets = [block for name, block in contents(kits / "coordinator").items() if name.endswith(".key")]
     assert len(secrets) == 3
@@ -76,15 +116,15 @@ def test_a_kit_holds_no_secret_but_the_sites_own(kits: Path) -> None:
     assert (kits / "lyon" / "site.key").read_bytes() != (kits / "oslo" / "site.key").read_bytes()
 
 
-def test_private_keys_can_be_read_by_nobody_else(kits: Path) -> None:
-    keys = [*kits.rglob("*.key")]
-    assert len(keys) == 5
-    assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
+def test_what_is_made_can_be_read_by_nobody_else(kits: Path) -> None:
+    files = [path for path in kits.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".key"]) == 5
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
 def test_a_sites_key_is_what_flower_takes_and_the_coordinator_holds_its_public_half(kits: Path) -> None:
     key = load_ssh_private_key((kits / "lyon" / "site.key").read_bytes(), None)
-    public = load_ssh_public_key((kits / "coordinator" / "keys" / "lyon.pub").read_bytes())
+    public = load_ssh_public_key(read_membership(kits / "coordinator").keys["lyon"].encode())
     assert isinstance(key, EllipticCurvePrivateKey)
     assert isinstance(key.curve, SECP384R1)
     assert key.public_key() == public
@@ -100,23 +140,24 @@ def test_a_second_run_adds_the_missing_sites_and_changes_nothing_else(kits: Path
 
 
 def test_a_kit_that_was_handed_over_is_not_made_again_with_another_key(kits: Path) -> None:
-    public = (kits / "coordinator" / "keys" / "lyon.pub").read_bytes()
+    public = read_membership(kits / "coordinator").keys["lyon"]
     for path in (kits / "lyon").iterdir():
         path.unlink()
     (kits / "lyon").rmdir()
     provision(tiny(), kits, SITES, "federation.example.org:8500")
     assert not (kits / "lyon").exists()
-    assert (kits / "coordinator" / "keys" / "lyon.pub").read_bytes() == public
+    assert read_membership(kits / "coordinator").keys["lyon"] == public
 
 
 def test_what_a_crash_left_out_is_made_by_the_next_run(kits: Path) -> None:
     before = contents(kits)
-    for name in ("coordinator/server.crt", "coordinator/keys/lyon.pub", "lyon/site.toml"):
+    for name in ("coordinator/server.crt", "lyon/SHA256SUMS.sig", "lyon/site.toml"):
         (kits / name).unlink()
     provision(tiny(), kits, SITES, "federation.example.org:8500")
     after = contents(kits)
     assert after.keys() == before.keys()
-    assert {name for name in before if after[name] != before[name]} == {"coordinator/server.crt"}
+    new = {"coordinator/server.crt", "lyon/SHA256SUMS.sig"}
+    assert {name for name in before if after[name] != before[name]} == new
     assert handshake(kits, "localhost", kits / "oslo" / "ca.crt") == "TLSv1.3"
 
 
@@ -129,9 +170,8 @@ def test_a_new_address_needs_a_new_certificate_and_the_error_says_so(kits: Path)
 
 
 def test_a_public_key_that_is_not_the_kits_is_noticed(kits: Path) -> None:
-    keys = kits / "coordinator" / "keys"
-    (keys / "lyon.pub").write_bytes((keys / "oslo.pub").read_bytes())
-    with pytest.raises(ConfigError, match=r"lyon\.pub: is not the public key of"):
+    (kits / "lyon" / "site.key").write_bytes((kits / "oslo" / "site.key").read_bytes())
+    with pytest.raises(ConfigError, match=r"site\.key: is not the key that was signed for 'lyon'"):
         provision(tiny(), kits, SITES, "federation.example.org:8500")
 
 

@@ -202,7 +202,7 @@ def test_a_release_says_what_each_site_spent_and_through_which_round(tmp_path: P
     assert promised["adjacency"] == "add or remove one patient"
     assert promised["epsilon"] == {"lyon": 2.5, "oslo": 1.25, "wien": 2.5}
     assert promised["statement"]["oslo"] == (
-        "Everything site 'oslo' releases through round 1 is (1.25, 0.001)-differentially private under adding or "
+        "Everything site 'oslo' releases through round 1 is (1.250, 0.001)-differentially private under adding or "
         "removing one patient at 'oslo', against the server and the other sites. Timing, availability and the choice "
         "of hyper-parameters are outside it."
     )

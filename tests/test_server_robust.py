@@ -39,7 +39,7 @@ def result(deltas: dict[str, State], **keys: Any) -> State:
     """Return the folded delta of all sites, which weigh alike."""
     config = AggregationConfig(weights="uniform", **keys)
     state = next(iter(deltas.values()))
-    delta = folded(reader(deltas), dict.fromkeys(deltas, 1.0), state, config)
+    delta, _ = folded(reader(deltas), dict.fromkeys(deltas, 1.0), state, config)
     return {name: delta(name) for name in state}
 
 
@@ -191,7 +191,8 @@ def test_peak_memory_does_not_grow_with_the_number_of_sites(
     def peak(sites: int) -> int:
         config = AggregationConfig(weights="uniform", **keys)
         tracemalloc.start()
-        folded(read, {f"{place + 1:03d}": 1.0 for place in range(sites)}, state, config)("w")
+        delta, _ = folded(read, {f"{place + 1:03d}": 1.0 for place in range(sites)}, state, config)
+        delta("w")
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return highest
@@ -272,6 +273,21 @@ def test_each_rule_says_how_few_sites_it_takes(keys: dict[str, Any], least: int)
     if least > 1:
         with pytest.raises(ConfigError, match=f"folds no fewer than {least} updates .* and {least - 1} sites gave one"):
             result(drawn(least - 1), **keys)
+
+
+def test_the_record_names_the_site_that_krum_kept(tmp_path: Path) -> None:
+    kept = {"rule": "krum", "byzantine": 0, "weights": "uniform"}
+    run = make_run(tmp_path / "run", aggregation=kept, membership={"min_sites": 3}, training={"rounds": 1})
+    sites = Sites(run)
+    run_rounds(run, sites, ignore)
+    task = Task(1, "", 0, (run.round(0) / "checkpoint" / "state.safetensors").read_bytes())
+    moved = {name: new - run.checkpoint(0).state[name] for name, new in run.checkpoint(1).state.items()}
+    weights = {site: figures["weight"] for site, figures in run.record(1)["sites"].items()}
+    assert sorted(weights.values()) == [0.0, 0.0, 1.0]
+    deltas = {site: sites.update(site, task).delta for site in SITES}
+    for name, change in moved.items():
+        mean = sum(weights[site] * deltas[site][name].astype(np.float64) for site in SITES)
+        np.testing.assert_allclose(change, mean, atol=1e-5)
 
 
 def test_the_server_reads_a_spooled_tensor_in_part(tmp_path: Path) -> None:

@@ -23,17 +23,21 @@ site_cli = typer.Typer(help="Commands of a hospital site.", no_args_is_help=True
 cli.add_typer(site_cli, name="site")
 
 
-class ShowByDefault(TyperGroup):
-    """`wardround site ledger SITE.toml` is short for `wardround site ledger show SITE.toml`."""
+class FirstByDefault(TyperGroup):
+    """`wardround site ledger SITE.toml` is short for `wardround site ledger show SITE.toml`: its first command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Name the command where only a file is named."""
-        named = not args or args[0] in self.commands or args[0].startswith("-")
-        return super().parse_args(ctx, args if named else ["show", *args])
+        named = not args or args[0] in self.commands or args[0] == "--help"
+        return super().parse_args(ctx, args if named else [next(iter(self.commands)), *args])
 
 
-ledger_cli = typer.Typer(help="The site's privacy ledger.", no_args_is_help=True, cls=ShowByDefault)
+ledger_cli = typer.Typer(help="The site's privacy ledger.", no_args_is_help=True, cls=FirstByDefault)
 site_cli.add_typer(ledger_cli, name="ledger")
+provision_cli = typer.Typer(
+    help="Certificates, keys and kits: who takes part.", no_args_is_help=True, cls=FirstByDefault
+)
+cli.add_typer(provision_cli, name="provision")
 
 Config = Annotated[Path, typer.Argument(help="A federation's file, such as federation_configs/smoke.toml.")]
 Data = Annotated[Path, typer.Option(help="A labelled folder (labels.csv), or a folder with one folder a site.")]
@@ -42,6 +46,8 @@ Tracking = Annotated[
     str | None,
     typer.Option(help="MLflow's address; default: $MLFLOW_TRACKING_URI, else an SQLite file in runs/."),
 ]
+Kits = Annotated[Path, typer.Option(help="Where the kits are: the coordinator's folder and one a site.")]
+Site = Annotated[str, typer.Argument(help="The site's name.")]
 SiteFile = Annotated[Path, typer.Argument(help="The site's own site.toml.")]
 
 
@@ -168,19 +174,80 @@ def constants(config: Config, data: Data) -> None:
     typer.echo(f"mean = {[round(value, 4) for value in mean]}\nstd = {[round(value, 4) for value in std]}")
 
 
-@cli.command()
-def provision(
+@provision_cli.command("kits")
+def provision_kits(
     config: Config,
-    out: Annotated[Path, typer.Option(help="Where the kits are written, one folder a site.")],
-    address: Annotated[str, typer.Option(help="host:port at which sites reach the coordinator.")] = "localhost:8500",
+    out: Kits = Path("kits"),
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="host:port at which sites reach the coordinator; default: as before, else the first of the file's "
+            "server_names, at 8500."
+        ),
+    ] = None,
+    keys_at_sites: Annotated[
+        bool, typer.Option("--keys-at-sites", help="Make no site's key: each makes its own, and sends a request.")
+    ] = False,
 ) -> None:
-    """Make the federation's certificates and keys, and a kit for each site."""
+    """Make the federation's certificates and keys, and a kit for each site; sign who takes part.
+
+    `wardround provision FEDERATION.toml` does the same. A second run adds what is missing, overwrites nothing, and
+    signs what the file says by now of sites and patience; a running coordinator takes that over between rounds.
+    """
     from wardround.config import FederationConfig, read_toml
-    from wardround.provision import provision
+    from wardround.provision import lines, prepare, provision
 
     federation = read_toml(config, FederationConfig)
-    provision(federation, out, sorted(federation.membership.sites), address)
-    say_next(f"wardround coordinate {config} --kit {out}/coordinator --out runs/{federation.name}")
+    (prepare if keys_at_sites else provision)(federation, out, address=address)
+    typer.echo("\n".join(lines(out)))
+    requests = [f"wardround provision sign SITE.csr --out {out}"] if keys_at_sites else []
+    say_next(*requests, f"wardround coordinate {config} --kit {out}/coordinator --out runs/{federation.name}")
+
+
+@provision_cli.command("sign")
+def provision_sign(
+    request: Annotated[Path, typer.Argument(help="What `wardround site init` wrote at the site.")],
+    out: Kits = Path("kits"),
+) -> None:
+    """Make the kit of a site that made its key itself: no private key travels."""
+    from wardround.provision import answer, lines
+
+    kit = answer(out, request)
+    typer.echo("\n".join(lines(out)))
+    say_next(f"hand over {kit}")
+
+
+@provision_cli.command("add")
+def provision_add(site: Site, out: Kits = Path("kits")) -> None:
+    """Make one more site's key and kit; who was revoked comes back so, with a new key."""
+    from wardround.provision import add, lines
+
+    kit = add(out, site)
+    typer.echo("\n".join(lines(out)))
+    say_next(f"hand over {kit}")
+
+
+@provision_cli.command("revoke")
+def provision_revoke(site: Site, out: Kits = Path("kits")) -> None:
+    """Take a site's key back for good: a running coordinator cuts it off within seconds, and goes on without it."""
+    from wardround.provision import lines, revoke
+
+    revoke(out, site)
+    typer.echo("\n".join(lines(out)))
+    say_next(f"wardround provision add {site} --out {out}   (only to let it in again, with a new key)")
+
+
+@provision_cli.command("rotate")
+def provision_rotate(
+    who: Annotated[str | None, typer.Argument(help="A site, or its request; without it, the server.")] = None,
+    out: Kits = Path("kits"),
+) -> None:
+    """Make a new certificate for the server, or a new key and kit for a site; the others notice nothing."""
+    from wardround.provision import lines, renew, rotate
+
+    kit = renew(out) if who is None else rotate(out, who)
+    typer.echo("\n".join(lines(out)))
+    say_next(f"hand over {kit}" if who else "a running coordinator takes the certificate over within seconds")
 
 
 @cli.command()
@@ -199,14 +266,31 @@ def coordinate(
     say_next(f"wardround evaluate {out} --data A_LABELLED_FOLDER")
 
 
+@site_cli.command("init")
+def site_init(
+    folder: Annotated[Path, typer.Argument(help="Where the key stays; the kit's files come beside it.")],
+    name: Annotated[str, typer.Option(help="The site's name in the federation.")],
+) -> None:
+    """Make this site's private key here, where it stays, and a request for the coordinator."""
+    from wardround.provision.request import init
+    from wardround.signatures import fingerprint
+
+    request, key = init(folder, name)
+    typer.echo(f"site '{name}': its key is {fingerprint(key)}; read that to the coordinator by telephone")
+    say_next(f"send {request} to the coordinator, and put the kit that comes back into {folder}")
+
+
 @site_cli.command("check")
 def site_check(site: SiteFile, config: Config) -> None:
     """Index this site's images as a federation would, and say what cannot be read and why."""
+    from wardround.client.kit import check_kit
     from wardround.config import FederationConfig, read_site, read_toml
     from wardround.data import open_site
     from wardround.report.tables import index_table, left_out_lines
 
     own = read_site(site)
+    if own.coordinator is not None:
+        typer.echo(f"the coordinator's key is {check_kit(own, site)}; compare it by telephone")
     images = {own.name: open_site(own, read_toml(config, FederationConfig).data)}
     Console().print(index_table(images))
     typer.echo("\n".join(left_out_lines(images, most=1000)))

@@ -8,20 +8,28 @@ The protocol on the wire, its keys and its TLS are Flower's, so that a stock `fl
 """
 
 import logging
+import random
 import time
-from collections.abc import Iterator
+from base64 import b64encode
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from typing import TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Message
-from flwr.common.constant import SubStatus
-from flwr.common.serde import run_from_proto
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, TIMESTAMP_HEADER, SubStatus
+from flwr.common.serde import message_to_proto, run_from_proto
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
 from flwr.serverapp import Grid
-from flwr.supercore.constant import TaskType
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -29,44 +37,76 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
-from flwr.supernode.fleet_http_connection import http_request_response
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 log = logging.getLogger(__name__)
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
+
+_LONGEST_PAUSE = 20.0  # seconds between two tries
+_SENDINGS = 7  # of one answer, each of what then still lacks; a minute or two
+_AWAY = 3.0  # seconds; the rounds' process looks five times a second
+_BEAT = 24.0  # seconds; Flower's hearts beat every 17.5 to 22.5
+_DOUBT = 30.0  # seconds without a message, after one may have been lost
+_UNKNOWN = "does not know its key"
+_SAME_CLOCK = 2.0  # seconds; SuperLink takes 5 ahead, and a Date header has whole seconds
 
 
-@dataclass
 class SiteConnection:
-    """A site's side of one connection to the coordinator."""
+    """A site's side of one connection to the coordinator; `connected` makes it."""
 
-    node: int  # Flower's number of this site
-    _calls: tuple[Any, ...]
+    def __init__(self, client: FleetHttpClient, clock: "CoordinatorsClock") -> None:
+        self.node = 0  # Flower's number of this site
+        self._client, self._clock = client, clock
+        self._doubt, self._lost_at = _DOUBT, float("inf")
 
     def receive(self) -> Message | None:
-        """Return the next message whole, or None where there is none, its run is over, or it broke off on the way."""
-        _, receive, _, _, _, pull_object, _, confirm = self._calls
-        try:
-            found = receive()  # what ails the connection itself ends it, and a supervisor opens another
-        except RunNotRunningException:
+        """Return the next message whole, or None where there is none, its run is over, or it broke off on the way.
+
+        Raises ConnectionRefusedError where the coordinator does not know this site.
+        """
+        found = self._patiently(self._client.PullMessages, PullMessagesRequest(node=self._me), self._suspect)
+        if not found.messages_list:
+            if time.monotonic() > self._lost_at:
+                self._hang_up(_AWAY)
+                self.beat()
             return None
-        if found is None:
-            return None
-        message, tree = found
-        run = message.metadata.run_id
+        run, tree = found.messages_list[0].metadata.run_id, found.message_object_trees[0]
+        pull = partial(self._patiently, self._client.PullObject)
+        confirm = partial(self._patiently, self._client.ConfirmMessageReceived)
         try:
             parts = pull_objects(
-                [one.object_id for one in iterate_object_tree(tree)], lambda key: pull_object(run, key)
+                [one.object_id for one in iterate_object_tree(tree)],
+                make_pull_object_fn_protobuf(pull, self._me, run),
             )
-            confirm(run, tree.object_id)
-        except Exception as error:  # its run is over, or the coordinator was started anew in the middle of this
-            log.warning("a message could not be taken: %s", error)
+            make_confirm_message_received_fn_protobuf(confirm, self._me, run)(tree.object_id)
+        except RunNotRunningException:
             return None
+        except (ObjectPullError, httpx.HTTPStatusError) as error:
+            log.warning("a message could not be taken: %s", error)
+            self._suspect()
+            return None
+        self._doubt, self._lost_at = _DOUBT, float("inf")
         whole = inflate_object_from_contents(tree.object_id, parts)
         assert isinstance(whole, Message)
         whole.metadata.__dict__["_message_id"] = tree.object_id
@@ -75,33 +115,195 @@ class SiteConnection:
         return whole
 
     def answer(self, reply: Message, seconds: float) -> bool:
-        """Send a reply; return whether it was taken. What is not, as its run is over, the next asking replays."""
-        _, _, send, _, _, _, push_object, _ = self._calls
+        """Send a reply; return whether it was taken. What is not, as its run is over, the next asking replays.
+
+        Raises ConnectionRefusedError where the coordinator does not know this site.
+        """
         run = reply.metadata.run_id
+        self._clock.date(reply)
         reply.metadata.__dict__["_message_id"] = reply.object_id
+        with no_object_id_recompute():
+            asked = PushMessagesRequest(
+                node=self._me,
+                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[get_object_tree(reply)],
+                clientapp_runtime_list=[seconds],
+            )
+            push = partial(self._patiently, self._client.PushObject)
+            try:
+                for sending in range(_SENDINGS):
+                    told = self._patiently(self._client.PushMessages, asked)
+                    lacking, session = set(told.objects_to_push), told.session_id
+                    if not lacking:  # at first: nobody waits for this any more; later: it is there whole
+                        return sending > 0
+                    # Refused is also what is sent twice, as word of the first was lost on the way.
+                    with suppress(ObjectPushError):
+                        send = make_push_object_fn_protobuf(push, self._me, run, session)
+                        push_objects(get_all_nested_objects(reply), send, object_ids_to_push=lacking)
+                        return True
+                    time.sleep(2.0**sending)  # the coordinator's disk may be full
+                self._suspect()
+            except (RunNotRunningException, httpx.HTTPStatusError) as error:
+                log.warning("an answer was not taken: %s", str(error) or "its run is over")
+        return False
+
+    def activate(self, key: EllipticCurvePrivateKey, last: int | None) -> None:
+        """Be counted as connected by the coordinator; in the place of a process of this site's that was killed.
+
+        last: the number that this site had before. Raises ConnectionRefusedError where the key is not known.
+        """
+        asked = ActivateNodeRequest(
+            public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+        )
+        activate = partial(self._patiently, self._client.ActivateNode, asked)
+        for before in (last, None):
+            try:
+                self.node = activate().node_id
+                return
+            except httpx.HTTPStatusError as error:
+                if before is None:
+                    raise ConnectionRefusedError(
+                        f"the coordinator {_UNKNOWN}, or another container of this site uses it"
+                    ) from error
+            # Who is killed counts as online for another minute, and may have taken a message with it. Who lives
+            # beats in between, is online again, and keeps its place.
+            self.node = before
+            self._hang_up(_BEAT)
+
+    def beat(self) -> bool:
+        """Say that this site is there; return whether it was heard."""
+        asked = SendNodeHeartbeatRequest(node=self._me, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         try:
-            with no_object_id_recompute():
-                wanted, session = send(reply, get_object_tree(reply), seconds)
-                push_objects(
-                    get_all_nested_objects(reply),
-                    lambda key, content: push_object(run, session, key, content),
-                    object_ids_to_push=wanted,
-                )
-        except Exception as error:  # the run is over, or its coordinator was started anew in the middle of this
-            log.warning("an answer was not taken: %s", error)
+            return bool(self._client.SendNodeHeartbeat(asked).success)
+        except httpx.HTTPError:  # raised, it would end the thread, and a site that does not beat is never asked again
             return False
+
+    @property
+    def _me(self) -> Node:
+        return Node(node_id=self.node)
+
+    def _suspect(self) -> None:
+        """Note that a message may have been lost on the way: the coordinator sends none twice."""
+        self._lost_at = time.monotonic() + self._doubt
+
+    def _hang_up(self, seconds: float) -> None:
+        """Be gone for a while, which tells the coordinator that this site does not have what it was sent.
+
+        Until a message comes this is done again, ever more seldom, for the coordinator may not have been looking.
+        """
+        with suppress(httpx.HTTPStatusError):  # it is gone already
+            self._patiently(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node))
+        time.sleep(seconds)
+        self._doubt *= 2
+        self._lost_at = time.monotonic() + self._doubt
+
+    def _patiently(
+        self, call: Callable[[Asked], Answered], asked: Asked, failed: Callable[[], None] = lambda: None
+    ) -> Answered:
+        """Return a call's answer, tried again while the network or the coordinator is away; `failed` hears of each try.
+
+        Raises RunNotRunningException where the run is over, ConnectionRefusedError where this site is not known.
+        """
+        pause = 1.0
+        while True:
+            try:
+                answer = call(asked)
+            except httpx.HTTPError as error:
+                why = _passing(error)
+            else:
+                if pause > 1.0:
+                    log.warning("the coordinator is reached again")
+                return answer
+            log.warning("the coordinator cannot be reached (%s)", why)
+            failed()
+            time.sleep(random.uniform(0.5, 1.0) * pause)  # noqa: S311  # not all sites at once
+            pause = min(_LONGEST_PAUSE, 2 * pause)
+
+
+def _passing(error: httpx.HTTPError) -> str:
+    """Return the reason of an error that time may cure; raise what it will not."""
+    if isinstance(error, httpx.HTTPStatusError):
+        status = error.response.status_code
+        if status == httpx.codes.FORBIDDEN:
+            raise RunNotRunningException from error
+        if status == httpx.codes.UNAUTHORIZED:
+            raise ConnectionRefusedError(f"the coordinator {_UNKNOWN}, or was started anew") from error
+        if status < 500:
+            raise error
+        return f"it answers {status}"  # its disk may be full, or its database be locked for a moment
+    if "certificate" in str(error):
+        raise error
+    return str(error) or type(error).__name__
+
+
+class CoordinatorsClock:
+    """Signs a site's calls, with the coordinator's time where this machine's clock is wrong.
+
+    SuperLink refuses a signature that is older than five minutes or from the future. Whose time is right
+    says the Date of its refusal: TLS has shown who speaks. A coordinator that lies gets signatures of other
+    moments from it, which only its own SuperLink would take; updates are signed by themselves, without a time.
+    """
+
+    def __init__(self, key: EllipticCurvePrivateKey) -> None:
+        self.ahead = 0.0  # seconds by which this machine's clock is ahead
+        self._key, self._public = key, b64encode(public_key_to_bytes(key.public_key())).decode()
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Send a call with its signature, and once more where the clock was why it is refused."""
+        self._sign(context.request)
+        answer = call_next(context)
+        if answer.status_code == httpx.codes.UNAUTHORIZED and self._set(answer.headers.get_list("date")):
+            self._sign(context.request)
+            answer = call_next(context)
+        return answer
+
+    def date(self, reply: Message) -> None:
+        """Make a reply one of the coordinator's time; Flower drops what looks older than twelve hours."""
+        fields = reply.metadata.__dict__
+        fields["_created_at"] -= self.ahead
+        fields["_ttl"] += self.ahead
+
+    def _sign(self, request: httpx.Request) -> None:
+        stamp = datetime.fromtimestamp(time.time() - self.ahead, UTC).isoformat()
+        request.headers[TIMESTAMP_HEADER] = stamp
+        request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = self._public
+        request.headers[FLEET_HTTP_SIGNATURE_HEADER] = b64encode(sign_message(self._key, stamp.encode())).decode()
+
+    def _set(self, dates: list[str]) -> bool:
+        """Take the time of a Date header (RFC 9110, 6.6.1), the gate's or SuperLink's; return whether it is news."""
+        if not dates:
+            return False
+        ahead = time.time() - parsedate_to_datetime(dates[0]).timestamp()
+        if abs(ahead - self.ahead) < _SAME_CLOCK:
+            return False
+        self.ahead = ahead
+        log.warning("this machine's clock is %+.0f s off the coordinator's, whose time is used", ahead)
         return True
 
 
 @contextmanager
-def connected(address: str, ca: bytes, key: EllipticCurvePrivateKey) -> Iterator[SiteConnection]:
+def connected(
+    address: str, ca: bytes, key: EllipticCurvePrivateKey, last: int | None = None
+) -> Iterator[SiteConnection]:
     """Give a site's connection; it keeps itself alive, and tries again for ever where the network is down.
 
-    address: host:port. ca: the federation's CA certificate (PEM). Where the coordinator does not know the
-    key, or a restarted one no longer knows this node, Flower ends the process: run this under a supervisor.
+    address: host:port. ca: the federation's CA certificate (PEM). last: the number that this site had before.
+    Raises ConnectionRefusedError where the coordinator does not know the key, as may any call on the connection
+    after the coordinator began anew: run this under a supervisor.
     """
-    with http_request_response(address, False, ca, (key, key.public_key())) as calls:
-        yield SiteConnection(calls[0], calls)
+    clock = CoordinatorsClock(key)
+    version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
+    with FleetHttpClient.from_server_address(address, False, ca, [version, clock]) as client:
+        connection = SiteConnection(client, clock)
+        connection.activate(key, last)
+        heart = HeartbeatSender(connection.beat)
+        heart.start()
+        try:
+            yield connection
+        finally:
+            heart.stop()
+            with suppress(httpx.HTTPError):
+                client.DeactivateNode(DeactivateNodeRequest(node_id=connection.node))
 
 
 @contextmanager

@@ -4,11 +4,16 @@ TLS ends at SuperLink, which passes messages on. Whoever takes that over still c
 anything, nor answer in a site's name.
 """
 
+import base64
 import hashlib
+from datetime import UTC, datetime
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePrivateKey, EllipticCurvePublicKey
-from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.hashes import SHA256, SHA384
+from cryptography.hazmat.primitives.serialization import ssh_key_fingerprint
+from cryptography.x509 import ExtensionNotFound, Name, SubjectAlternativeName, load_pem_x509_certificate
+from cryptography.x509.oid import NameOID
 
 
 def sign(key: EllipticCurvePrivateKey, *parts: bytes | str) -> bytes:
@@ -28,3 +33,42 @@ def is_signed(key: EllipticCurvePublicKey, signature: bytes, *parts: bytes | str
 def _message(parts: tuple[bytes | str, ...]) -> bytes:
     """Return a hash a part, so that no two lists of parts have the same message."""
     return b"".join(hashlib.sha384(part.encode() if isinstance(part, str) else part).digest() for part in parts)
+
+
+def fingerprint(key: EllipticCurvePublicKey) -> str:
+    """Return what `ssh-keygen -lf` prints of a public key, to be read out over the telephone."""
+    return "SHA256:" + base64.b64encode(ssh_key_fingerprint(key, SHA256())).decode().rstrip("=")
+
+
+def untrusted(certificate: bytes, ca: bytes, host: str | None = None, now: datetime | None = None) -> str | None:
+    """Return why a server's certificate (PEM) does not hold against a CA's, for a host, at a time; None where it does.
+
+    It explains what OpenSSL refused, in words and dates, and decides nothing by itself.
+    """
+    found, issuer, now = load_pem_x509_certificate(certificate), load_pem_x509_certificate(ca), now or datetime.now(UTC)
+    try:
+        found.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return f"is not signed by ca.crt, but by '{_common_name(found.issuer)}': another coordinator, or a TLS proxy"
+    clock = f"and this machine's clock says {now:%Y-%m-%d}"
+    for one, what in ((found, ""), (issuer, "is signed by a ca.crt that ")):
+        if now < one.not_valid_before_utc:
+            return f"{what}is not valid before {one.not_valid_before_utc:%Y-%m-%d}, {clock}"
+        if now > one.not_valid_after_utc:
+            return f"{what}was valid until {one.not_valid_after_utc:%Y-%m-%d}, {clock}"
+    names = certificate_names(certificate)
+    return f"is for {', '.join(sorted(names))}, not for {host}" if host is not None and host not in names else None
+
+
+def certificate_names(certificate: bytes) -> set[str]:
+    """Return the host names and IP addresses that a certificate (PEM) is for."""
+    found = load_pem_x509_certificate(certificate).extensions
+    try:
+        return {str(name.value) for name in found.get_extension_for_class(SubjectAlternativeName).value}
+    except ExtensionNotFound:
+        return set()
+
+
+def _common_name(name: Name) -> str:
+    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(found[0].value) if found else name.rfc4514_string()

@@ -88,6 +88,17 @@ _CONSTANT = {"steps", "version", "units", "epsilon", "ledger"}
 MEASURED = [field.name for field in fields(Declared) if field.name not in _CONSTANT]
 
 
+_LEAST_RANK, _LEAST_SPREAD = 1.5, 0.05
+
+
+def collapsed(effective_rank: float, feature_spread: float) -> bool:
+    """Return whether features are so much alike that all images look the same to the backbone."""
+    return effective_rank < _LEAST_RANK or feature_spread < _LEAST_SPREAD
+
+
+WITHHELD = "withheld"  # what a person reads in the place of a figure that stays at the sites
+
+
 def withholds(privacy: PrivacyConfig) -> bool:
     """Return whether sites may declare nothing that was measured on images.
 

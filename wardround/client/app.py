@@ -98,7 +98,7 @@ def run_task(site: SiteConfig, task: Task) -> bytes | Refusal:
             protocol, site.name, task.round, state, memory, images, machine(site), charged, midway
         )
     block = update.to_bytes()
-    journal.finish(task.round, block, memory)
+    journal.finish(task.round, block, memory, task.last_folded)
     return block
 
 

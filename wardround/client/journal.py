@@ -2,8 +2,8 @@
 
 A finished round lies on disk before it is sent: the update as it crosses, and the site memory after
 it. Asked again for the same round from the same state, the site replays the bytes. Site memory
-advances only on what the server folded: two rounds are kept, and the next one continues from the
-memory of the round that the server names.
+advances only on what the server folded: the next round continues from the memory of the one that the
+server names, which is kept beside the newest, however many in between were dropped.
 
 Where states cross as steps, the last state that it trained from is kept too, for the next step to be added to.
 """
@@ -17,8 +17,6 @@ from pathlib import Path
 from wardround.errors import PolicyRefusal, UpdateError, WardroundError
 from wardround.registry.durable import write_file
 from wardround.update import State, Update, pack, unpack
-
-KEPT_ROUNDS = 2
 
 
 class Journal:
@@ -72,12 +70,15 @@ class Journal:
             write_file(path, json.dumps(begun).encode())
             raise
 
-    def finish(self, round: int, update: bytes, memory: State) -> None:
-        """Keep a round's update and the site memory after it; the update's name on disk means done."""
+    def finish(self, round: int, update: bytes, memory: State, last_folded: int) -> None:
+        """Keep a round's update and the site memory after it; the update's name on disk means done.
+
+        Beside it, only the last folded round is kept: the server names one of the two next.
+        """
         write_file(self._round(round) / "memory.safetensors", pack(memory, {}))
         write_file(self._round(round) / "update.safetensors", update)
         self.midway(round).unlink(missing_ok=True)
-        for old in sorted(self._finished())[:-KEPT_ROUNDS]:
+        for old in set(self._finished()) - {round, last_folded}:
             shutil.rmtree(self._round(old))
 
     def midway(self, round: int) -> Path:

@@ -13,6 +13,8 @@ from flwr.app import Context, RecordDict
 from wardround.client.app import app, keys
 from wardround.config.site import read_site
 from wardround.connection import connected, polite_pause
+from wardround.processes import stopped_by_sigterm
+from wardround.registry.durable import write_file
 
 
 def answer_rounds(path: Path) -> None:
@@ -20,7 +22,11 @@ def answer_rounds(path: Path) -> None:
     site = read_site(path)
     coordinator, (own, _) = site.coordinator, keys(site)
     assert coordinator is not None and own is not None, "supervisor.py has looked"
-    with connected(coordinator.address, coordinator.ca_certificate.read_bytes(), own) as connection:
+    number = site.work / "flower" / "node"  # Flower's, of this site
+    before = int(number.read_text()) if number.exists() else None
+    number.unlink(missing_ok=True)  # who finds another process in its place asks for it once
+    with connected(coordinator.address, coordinator.ca_certificate.read_bytes(), own, before) as connection:
+        write_file(number, str(connection.node).encode())
         print(f"connected as node {connection.node}", flush=True)
         last = time.monotonic()
         while True:
@@ -40,4 +46,5 @@ def answer_rounds(path: Path) -> None:
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for every time that we ask
-    answer_rounds(Path(sys.argv[1]))
+    with stopped_by_sigterm():  # so that the coordinator is told that the site leaves
+        answer_rounds(Path(sys.argv[1]))

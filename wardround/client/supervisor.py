@@ -6,40 +6,37 @@ It only calls out, and listens on nothing.
 """
 
 import re
-import stat
 import sys
 import time
 from pathlib import Path
 
+from wardround.client.kit import check_folders, check_kit, why_untrusted
 from wardround.config import SiteConfig
 from wardround.config.site import read_site
-from wardround.errors import ConfigError
 from wardround.processes import NewLines, alone, running, stopped_by_sigterm
 
 _POLL = 0.5  # seconds
-_SOON = 5.0  # seconds, for a connection that was cut
-# A SuperNode that was killed counts as online for up to a minute, and for so long its key is refused.
-_LATER = 65.0  # seconds
+_SOON, _LATER = 5.0, 65.0  # seconds: after a connection that was cut; doubled up to this while none is made
+
+_UNTRUSTED = "the coordinator's certificate does not hold"
 
 # What of the node's log a person at the site is told; all else stays in the log.
 _SAYINGS = (
     (r"^connected as node ", "is connected"),
-    (r"Connection attempt failed", "cannot reach the coordinator; keeps trying"),
-    (r"Connection successful", "reaches the coordinator again"),
+    (r"Name or service not known|nodename nor servname", "does not know the coordinator's host name; keeps trying"),
+    (r"^the coordinator cannot be reached", "cannot reach the coordinator; keeps trying"),
+    (r"^the coordinator is reached again", "reaches the coordinator again"),
+    (r"^(this machine's clock is .*)", r"\1"),
     (r"^(round \d+)$", r"\1"),
     (r"^answer sent", "its answer is sent"),
     (r"^answer not wanted", "its answer came too late for this run; it is kept for the next"),
     (r"^site '[^']+'[,:]? (.*)", r"\1"),  # what our own ClientApp logs
 )
 _REASONS = (
-    # Told that it is not known, Flower's connection stops its process as if by Ctrl-C.
-    (r"KeyboardInterrupt", "the coordinator was started anew, or this site's clock is wrong"),
-    (
-        r"Failed to initialize the connection|Failed to activate",
-        "the coordinator does not know its key, or still counts it as online",
-    ),
-    (r"certificate verify failed", "the coordinator's certificate is not signed by ca.crt, or is for another address"),
-    (r"Name or service not known|nodename nor servname", "the coordinator's host name is not known"),
+    (r"ConnectionRefusedError: (.*)", r"\1"),
+    (r"CheckpointError: (.*)", r"\1"),
+    (r"OSError: \[Errno \d+\] (No space left on device|Disk quota exceeded)", r"\1"),
+    (r"certificate verify failed", _UNTRUSTED),
 )
 
 
@@ -50,17 +47,20 @@ def run_site(config_path: Path) -> None:
     """
     path = config_path.resolve()
     site = read_site(path)
-    _check_kit(site, path)
+    check_kit(site, path)
+    check_folders(site, path)
     work = site.work.resolve()
     with stopped_by_sigterm(), alone(work / "flower", "wardround site run"):
+        pause = _SOON
         while True:
-            pause, reason = _connect_once(site, path, work)
+            connected, reason = _connect_once(site, path, work)
+            pause = _SOON if connected else min(_LATER, 2 * pause)
             print(f"site '{site.name}': {reason}; tries again in {pause:.0f} s", flush=True)
             time.sleep(pause)
 
 
-def _connect_once(site: SiteConfig, path: Path, work: Path) -> tuple[float, str]:
-    """Run a node until it ends by itself; return how long to wait before the next, and why it ended."""
+def _connect_once(site: SiteConfig, path: Path, work: Path) -> tuple[bool, str]:
+    """Run a node until it ends by itself; return whether it was connected, and why it ended."""
     log, connected, reason, said = work / "logs" / "node.log", False, "its process ended", ""
     lines = NewLines(log)
     node = [sys.executable, "-m", "wardround.client.node", str(path)]
@@ -76,20 +76,9 @@ def _connect_once(site: SiteConfig, path: Path, work: Path) -> tuple[float, str]
                     said = saying
                 connected |= line.startswith("connected as node ")
             time.sleep(_POLL)
-    return (_SOON if connected else _LATER), f"{reason} (see {log})"
-
-
-def _check_kit(site: SiteConfig, path: Path) -> None:
-    """Raise ConfigError where the kit's files are not as they came."""
-    found = site.coordinator
-    if found is None:
-        raise ConfigError(f"{path}: has no [coordinator]; take that section from the kit.")
-    for file in (found.ca_certificate, found.private_key, found.signing_key):
-        if not file.is_file():
-            raise ConfigError(f"{path}: there is no file '{file.name}'; put the kit's where it says.")
-    key = found.private_key
-    if stat.S_IMODE(key.stat().st_mode) & 0o077:
-        raise ConfigError(f"{key}: other accounts can read it; 'chmod 600' it, and ask for a new kit if it was seen.")
+    if reason == _UNTRUSTED and site.coordinator is not None:
+        reason = f"the coordinator's certificate {why_untrusted(site.coordinator)}"
+    return connected, f"{reason} (see {log})"
 
 
 def _first(table: tuple[tuple[str, str], ...], line: str) -> str | None:

@@ -313,6 +313,27 @@ class FederationConfig(Recipe):
     evaluation_set: EvaluationSetConfig | None = Field(default=None, description="The coordinator's own images.")
 
     @model_validator(mode="after")
+    def _a_buffers_updates_need_no_common_start(self) -> Self:
+        if self.membership.buffer is None:
+            return self
+        why = f"[membership] buffer = {self.membership.buffer}: its updates begin from several rounds' states,"
+        if self.privacy.unit == "site" and self.privacy.noise == "server":
+            raise ValueError(
+                f"{why} and one site more changes which of the others' share a round, which [privacy] noise = 'server' "
+                "does not hide; take noise = 'site', or remove buffer"
+            )
+        if self.training.correction.name == "scaffold":
+            raise ValueError(
+                f"{why} and [training] correction = 'scaffold' corrects towards one; take 'fedprox', or remove buffer"
+            )
+        if self.aggregation.rule != "mean":
+            raise ValueError(
+                f"{why} and [aggregation] rule = '{self.aggregation.rule}' would cast out honest ones for it; take "
+                "rule = 'mean', with a norm_bound, or remove buffer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _enough_sites_for_the_rule(self) -> Self:
         least, given = self.aggregation.least_sites, self.membership.min_sites or 1
         if given < least:

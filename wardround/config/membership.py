@@ -36,14 +36,30 @@ class MembershipConfig(Strict):
         default=None,
         gt=0.0,
         le=8_640_000.0,
-        description="How long a round waits for updates once it is sent; what comes later is dropped. Unset: "
-        "wait_seconds.",
+        description="How long a round waits for updates once it is sent, or with `buffer` each site has for one; what "
+        "comes later is dropped. Unset: wait_seconds.",
     )
     sites_per_round: int | None = Field(
         default=None,
         ge=1,
         le=10_000,
         description="How many sites are asked in a round, drawn by seed and round; unset: all of them.",
+    )
+    buffer: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="Asynchronous rounds (FedBuff): a round is the first so many updates that come, whatever round "
+        "each began in, and nobody waits for the others. Unset: a round waits for its sites.",
+    )
+    staleness: float = Field(
+        default=0.5,
+        ge=0.0,
+        le=10.0,
+        description="buffer: an update that began t rounds ago counts (1 + t) to the minus this; 0 counts all alike.",
+    )
+    max_staleness: int | None = Field(
+        default=None, ge=0, le=100_000, description="buffer: an update that is more rounds old is dropped. Unset: none."
     )
     server_names: tuple[str, ...] = Field(
         default=("localhost", "127.0.0.1"),
@@ -61,6 +77,21 @@ class MembershipConfig(Strict):
         if self.sites_per_round is not None and (self.min_sites or 0) > self.sites_per_round:
             raise ValueError(
                 f"min_sites = {self.min_sites}: only sites_per_round = {self.sites_per_round} are asked; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_buffer_waits_for_nobody(self) -> Self:
+        others, remedy = ("staleness", "max_staleness"), "is a key of rounds with a buffer; set buffer, or remove it"
+        if self.buffer is not None:
+            others, remedy = ("min_sites", "sites_per_round"), "with buffer, all sites are asked and none is waited for"
+        for key in others:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} = {getattr(self, key)}: {remedy}")
+        if self.buffer is not None and self.sites and self.buffer > len(self.sites):
+            raise ValueError(
+                f"buffer = {self.buffer}: only {len(self.sites)} sites are listed, and a round takes one update of "
+                "each; lower it"
             )
         return self
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from wardround.config.privacy import SitePrivacyConfig
 from wardround.errors import ConfigError
 from wardround.privacy.accounting import Mechanism, calibrate, epsilon
-from wardround.privacy.noise import standard_normal
 from wardround.update import Array, State
 
 CLIP = "privacy.clip"  # the C that adapts, among the server optimiser's tensors; a state's begin with backbone or head
@@ -144,4 +143,6 @@ def _whole(config: SitePrivacyConfig, rounds: int) -> float:
 
 def _draw(shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Return standard normal numbers; secure, as one draw a round costs little beside its training."""
+    from wardround.privacy.noise import standard_normal  # loads torch, which a server without this noise goes without
+
     return standard_normal(shape, "secure").numpy().astype(np.float64)

@@ -13,10 +13,9 @@ from wardround.config.federation import Recipe
 from wardround.errors import UpdateError
 from wardround.ssl.draws import generator
 from wardround.ssl.views import view
+from wardround.update import collapsed
 
 IMAGES = 256  # at most: enough for a rank, a second or so of a CPU for a ViT-Tiny
-FEWEST = 8  # images to judge a collapse by: so few may well be alike
-LEAST_RANK, LEAST_SPREAD = 1.5, 0.05  # below, features collapse: all images look alike to the backbone
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Monitor:
     @property
     def collapsed(self) -> bool:
         """Whether all images look alike."""
-        return self.effective_rank < LEAST_RANK or self.feature_spread < LEAST_SPREAD
+        return collapsed(self.effective_rank, self.feature_spread)
 
 
 def watch(backbone: Backbone, images: NDArray[np.uint8], recipe: Recipe, site: str, micro_batch: int = 64) -> Monitor:

@@ -45,12 +45,6 @@ def server_certificate(
     return certificate.sign(ca_key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM)
 
 
-def names_in(certificate: bytes) -> set[str]:
-    """Return the host names and IP addresses that a certificate is for."""
-    names = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    return {str(name.value) for name in names.value}
-
-
 def _general_name(name: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(name))

@@ -12,7 +12,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
     load_ssh_private_key,
 )
+from pydantic import TypeAdapter, ValidationError
 
+from wardround.config.strict import Name
 from wardround.errors import ConfigError
 from wardround.registry.durable import write_file
 
@@ -27,9 +29,22 @@ def site_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return _key(path, PrivateFormat.OpenSSH)
 
 
-def public_line(key: ec.EllipticCurvePrivateKey, site: str) -> bytes:
-    """Return the public half as one line of OpenSSH, the site's name as its comment."""
-    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + f" {site}\n".encode()
+def public_line(key: ec.EllipticCurvePublicKey, site: str) -> str:
+    """Return a public key as one line of OpenSSH, the site's name as its comment."""
+    return f"{key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()} {site}"
+
+
+def check_name(site: str) -> str:
+    """Return what may name a site: it becomes a folder beside the coordinator's. Raises ConfigError."""
+    try:
+        name = TypeAdapter(Name).validate_python(site)
+    except ValidationError:
+        name = "coordinator"
+    if name == "coordinator":
+        raise ConfigError(
+            f"'{site}' cannot name a site: expected letters, digits, '.', '_' and '-', not 'coordinator'."
+        )
+    return name
 
 
 def public_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -1,59 +1,101 @@
-"""What the coordinator keeps, and the kit that each site receives.
+"""The kits: what each site receives, and how sites join, leave and change their key.
 
-    out/coordinator/   ca.crt ca.key server.crt server.key signing.key membership.json keys/<site>.pub
-    out/<site>/        ca.crt coordinator.pub site.key site.toml README.md
+    out/<site>/   ca.crt coordinator.pub site.pub site.toml README.md SHA256SUMS SHA256SUMS.sig
+                  site.key   unless the site made its key itself
 
-Nothing that exists is written over, so a second run with more names adds the missing sites. A kit
-that was handed over and removed here stays so: its public key in `keys/` says that it was made.
+Nothing that exists is written over, so a second run adds what is missing. A kit that was handed over and
+removed here stays so: the signed membership says that it was made.
 """
 
 import hashlib
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from pydantic import TypeAdapter, ValidationError
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
+from wardround.client.kit import KIND, SIGNATURE, SUMS, UNSIGNED
 from wardround.config import FederationConfig
-from wardround.config.strict import Name
 from wardround.errors import ConfigError
-from wardround.provision import certificates, keys
+from wardround.provision import keys, request
+from wardround.provision.coordinator import folder, known, owner_of, prepare, sign
 from wardround.registry.durable import write_file
+from wardround.server.membership import Membership, check_declared, public_key, signing_key
+from wardround.signatures import fingerprint
+from wardround.signatures import sign as signed
 
-# SuperLink's own processes on the coordinator's machine speak TLS to it by these names.
-_LOOPBACK = ("localhost", "127.0.0.1")
+_TEMPLATES = ("site.toml", "README.md")
 
 
-def provision(config: FederationConfig, out: Path, sites: Sequence[str], address: str = "localhost:8500") -> None:
-    """Write the coordinator's folder and a kit for each site; `address` is what sites connect to.
+def provision(config: FederationConfig, out: Path, sites: Sequence[str] = (), address: str | None = None) -> Membership:
+    """Make the coordinator's folder and a kit for each site; sign who they are.
 
-    Without `sites`, the names of [membership] are taken. Raises ConfigError where a name, the
-    address or a file that exists does not fit.
+    Without `sites`, the names of [membership] are taken; who was revoked is left out. Raises ConfigError where
+    a name, the address, a declared number or a file that exists does not fit.
     """
     names = _names(config, sites)
-    hosts = list(dict.fromkeys([_host(address), *config.membership.server_names, *_LOOPBACK]))
-    coordinator = out / "coordinator"
-    ca = _coordinator(config.name, coordinator, hosts)
-    signing = keys.public_pem(keys.tls_key(coordinator / "signing.key"))
+    check_declared(config, names)
+    membership = prepare(config, out, address)
     for site in names:
-        public = coordinator / "keys" / f"{site}.pub"
-        if public.exists() and not (out / site).exists():
-            continue  # its kit was handed over
-        line = keys.public_line(keys.site_key(out / site / "site.key"), site)
-        for path, block in (
-            (out / site / "ca.crt", ca),
-            (out / site / "coordinator.pub", signing),
-            (out / site / "site.toml", _fill("site.toml", site, config.name, address)),
-            (out / site / "README.md", _fill("README.md", site, config.name, address)),
-            (public, line),  # last: it says that the kit is whole
-        ):
-            if not path.exists():
-                write_file(path, block)
-        if public.read_bytes() != line:
-            raise ConfigError(f"{public}: is not the public key of {out / site / 'site.key'}; put the right one back.")
-    _membership(config.name, coordinator, address)
+        if site not in membership.gone and (site not in membership.keys or (out / site).exists()):
+            membership = _join(config, out, membership, site)
+    return membership
+
+
+def add(out: Path, site: str) -> Path:
+    """Make one site's kit and return its folder; who was revoked comes back so, with a new key."""
+    config, membership = known(out)
+    _names(config, [site])
+    if site in membership.keys:
+        raise ConfigError(f"site '{site}': takes part already; 'wardround provision rotate {site}' gives it a new key.")
+    _join(config, out, membership, site)
+    return out / site
+
+
+def answer(out: Path, path: Path) -> Path:
+    """Make the kit of a site that made its key itself, from its request; return its folder."""
+    config, membership = known(out)
+    site, key = request.read(path)
+    _names(config, [site])
+    line = membership.keys.get(site)
+    if line is not None and public_key(line) != key:
+        raise ConfigError(
+            f"{path}: site '{site}' takes part with another key, {fingerprint(public_key(line))}; where it asked for "
+            f"a new one, 'wardround provision rotate {path}'."
+        )
+    _join(config, out, membership, site, key)
+    return out / site
+
+
+def revoke(out: Path, site: str) -> Membership:
+    """Take a site's key back, for good."""
+    config, membership = known(out)
+    return sign(config, out, membership, **_without(membership, site))
+
+
+def rotate(out: Path, who: str) -> Path:
+    """Give a site another key: one made here, for its name; that of a request, for its file. Return the new kit."""
+    config, membership = known(out)
+    site, key = request.read(Path(who)) if Path(who).suffix == ".csr" else (who, None)
+    changes = _without(membership, site)
+    if key is not None and public_key(membership.keys[site]) == key:
+        raise ConfigError(f"{who}: has the key that site '{site}' has already; let it make another one first.")
+    if (out / site).exists():
+        raise ConfigError(f"{out / site}: is the kit with the key of before; move it away first.")
+    _join(config, out, membership.model_copy(update=changes), site, key)
+    return out / site
+
+
+def lines(out: Path) -> list[str]:
+    """Return what a person wants to see of a membership: whose key is which, and where the kits are."""
+    _, membership = known(out)
+    own = fingerprint(signing_key(folder(out)).public_key())
+    found = [f"membership {membership.version} of '{membership.federation}', signed by {own}"]
+    for site, line in sorted(membership.keys.items()):
+        kit = f"kit in {out / site}" if (out / site).exists() else "its kit was handed over"
+        listed = "" if site in membership.active else "; not in [membership] sites, so it is not asked"
+        found.append(f"  {site}: {fingerprint(public_key(line))}; {kit}{listed}")
+    return found + [f"  {site}: revoked" for site in sorted(membership.gone)]
 
 
 def _names(config: FederationConfig, sites: Sequence[str]) -> list[str]:
@@ -61,57 +103,66 @@ def _names(config: FederationConfig, sites: Sequence[str]) -> list[str]:
     names = list(dict.fromkeys(sites or config.membership.sites))
     if not names:
         raise ConfigError("no site is named; list them in the config's [membership] sites.")
-    for name in names:
-        if not _is_name(name) or name == "coordinator":
-            raise ConfigError(
-                f"'{name}' cannot name a site: expected letters, digits, '.', '_' and '-', not 'coordinator'."
-            )
+    for name in map(keys.check_name, names):
         if config.membership.sites and name not in config.membership.sites:
             raise ConfigError(
-                f"site '{name}' is not in [membership] sites of federation '{config.name}'; add it there."
+                f"site '{name}' is not in [membership] sites of federation '{config.name}'; add it there, and sign "
+                "that: 'wardround provision FEDERATION.toml --keys-at-sites'."
             )
     return names
 
 
-def _is_name(name: str) -> bool:
-    try:
-        TypeAdapter(Name).validate_python(name)
-    except ValidationError:
-        return False
-    return True
+def _join(
+    config: FederationConfig, out: Path, membership: Membership, site: str, key: EllipticCurvePublicKey | None = None
+) -> Membership:
+    """Make what is missing of a site's kit, and sign that it takes part; `key` is the site's own, where it has one."""
+    home, given = out / site, membership.keys.get(site)
+    check_declared(config, {*membership.active, site})
+    if key is None and given is not None and not (home / "site.key").exists():
+        key = public_key(given)  # made at the site
+    own = key or keys.site_key(home / "site.key").public_key()
+    line = keys.public_line(own, site)
+    if given is not None and public_key(given) != own:
+        raise ConfigError(f"{home / 'site.key'}: is not the key that was signed for '{site}'; put the right one back.")
+    if (other := owner_of(membership, line)) not in (None, site):
+        raise ConfigError(f"site '{site}': has the key of site '{other}'; let it make its own.")
+    if fingerprint(own) in membership.revoked:
+        raise ConfigError(
+            f"site '{site}': its key {fingerprint(own)} was revoked, and is never let in again; move {home} away, or "
+            "let the site make another."
+        )
+    _write(config, out, membership.address, site, line)
+    return sign(config, out, membership, keys={**membership.keys, site: line})
 
 
-def _host(address: str) -> str:
-    """Return the host of host:port; an IPv6 address stands in brackets."""
-    found = re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):(\d{1,5})", address)
-    if found is None or not 0 < int(found[2]) < 65536:
-        raise ConfigError(f"address '{address}': expected host:port, such as federation.example.org:8500.")
-    return found[1].strip("[]")
-
-
-def _coordinator(name: str, folder: Path, hosts: list[str]) -> bytes:
-    """Make what is missing of the coordinator's folder; return the CA certificate."""
-    server = folder / "server.crt"
-    if server.exists() and (missing := set(hosts) - certificates.names_in(server.read_bytes())):
-        raise ConfigError(f"{server}: is not for {', '.join(sorted(missing))}; move it away, and a new one is issued.")
-    ca, ca_key = folder / "ca.crt", keys.tls_key(folder / "ca.key")
-    if not ca.exists():
-        write_file(ca, certificates.authority(name, ca_key))
-    server_key = keys.tls_key(folder / "server.key")
-    if not server.exists():
-        write_file(server, certificates.server_certificate(ca.read_bytes(), ca_key, server_key.public_key(), hosts))
-    return ca.read_bytes()
-
-
-def _membership(name: str, folder: Path, address: str) -> None:
-    """Write who has a kit, with the fingerprint of each public key as `sha256sum` prints it."""
-    sites = {
-        path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "keys").glob("*.pub"))
+def _write(config: FederationConfig, out: Path, address: str, site: str, line: str) -> None:
+    """Write a kit's files that are not there; the checksums come last and say that it is whole."""
+    home, coordinator = out / site, folder(out)
+    names = {"site": site, "federation": config.name, "address": address}
+    blocks = {
+        "ca.crt": (coordinator / "ca.crt").read_bytes(),
+        "coordinator.pub": keys.public_pem(signing_key(coordinator)),
+        "site.pub": f"{line}\n".encode(),
+        **{name: _fill(name, names) for name in _TEMPLATES},
     }
-    text = json.dumps({"format": 1, "federation": name, "address": address, "sites": sites}, indent=1)
-    write_file(folder / "membership.json", text.encode() + b"\n")
+    missing = [name for name in blocks if not (home / name).exists()]
+    for name in missing:
+        write_file(home / name, blocks[name])
+    if missing or not (home / SIGNATURE).exists():
+        listed = sorted(path for path in home.iterdir() if path.name not in UNSIGNED and path.suffix != ".csr")
+        sums = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in listed).encode()
+        write_file(home / SUMS, sums)
+        write_file(home / SIGNATURE, signed(signing_key(coordinator), KIND, sums))
 
 
-def _fill(template: str, site: str, federation: str, address: str) -> bytes:
+def _without(membership: Membership, site: str) -> dict[str, dict[str, str]]:
+    """Return what of a membership changes where a site's key is taken back."""
+    if site not in membership.keys:
+        raise ConfigError(f"site '{site}': has no key; sites with one: {', '.join(sorted(membership.keys)) or 'none'}.")
+    left = {name: line for name, line in membership.keys.items() if name != site}
+    return {"keys": left, "revoked": {**membership.revoked, fingerprint(public_key(membership.keys[site])): site}}
+
+
+def _fill(template: str, names: dict[str, str]) -> bytes:
     text = (Path(__file__).parent / "templates" / template).read_text(encoding="utf-8")
-    return Template(text).substitute(site=site, federation=federation, address=address).encode()
+    return Template(text).substitute(names).encode()

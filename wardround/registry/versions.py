@@ -1,19 +1,19 @@
 """Which software made a checkpoint."""
 
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
-
-import torch
 
 PACKAGES = ("wardround", "torch", "timm", "flwr", "numpy", "safetensors")
 
 
 def versions() -> dict[str, str]:
     """Return the versions that bit-equality depends on, the processor and the thread count."""
+    torch = sys.modules.get("torch")  # not loaded where nothing is trained
     found = {
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
+        "threads": str(torch.get_num_threads()) if torch else "none",
     }
     for package in PACKAGES:
         try:

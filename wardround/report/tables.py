@@ -13,8 +13,7 @@ from wardround.plan import Budget, Cost, Plan
 from wardround.privacy.accounting import upward
 from wardround.privacy.statement import statement
 from wardround.registry.mlflow_store import ModelRow
-
-WITHHELD = "withheld"  # what stands for a figure that a privacy unit keeps at the sites
+from wardround.update import WITHHELD
 
 
 def told(figures: Iterable[Any], together: Callable[[list[Any]], float], form: str) -> str:

@@ -2,16 +2,20 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
+from wardround.server.buffer import fill
+from wardround.server.roster import Roster
 from wardround.server.rounds import run_rounds
-from wardround.server.run_folder import RunFolder, open_run
+from wardround.server.run_folder import RunFolder, open_run, reread
 from wardround.server.tracking import Tracking
 from wardround.update import Refusal, Task
 from wardround.wire import message_to_answer, task_to_records
@@ -20,6 +24,7 @@ log = logging.getLogger(__name__)
 app = ServerApp()
 
 POLL_SECONDS = 0.2
+REVOKED = Refusal("revoked", "takes part no more")
 
 
 @app.main()
@@ -28,32 +33,147 @@ def main(grid: Grid, context: Context) -> None:
     run_federation(grid, open_run(Path(str(context.run_config["run-folder"]))))
 
 
-def run_federation(grid: Grid, run: RunFolder, key: EllipticCurvePrivateKey | None = None) -> None:
-    """Run a federation to its end, record it and register its backbone; `key` signs what sites are asked."""
-    fleet = Fleet(grid, run, key)
+def run_federation(
+    grid: Grid, run: RunFolder, key: EllipticCurvePrivateKey | None = None, roster: Roster | None = None
+) -> None:
+    """Run a federation to its end, record it and register its backbone; `key` signs what sites are asked.
+
+    With a roster, its members change while it runs, as the coordinator signs.
+    """
+    fleet = Fleet(grid, run, key, roster)
     tracking = Tracking(run)
-    run_rounds(run, fleet.ask, tracking.committed)
+
+    def committed(number: int) -> None:
+        tracking.committed(number)
+        fleet.take_over()
+
+    run_rounds(run, fleet.ask, committed, partial(fill, post=fleet))
     tracking.register()
+
+
+class Sent(NamedTuple):
+    """A task that a site has not answered; answers that are there at once are taken in this order."""
+
+    round: int
+    site: str
+    deadline: float  # of time.monotonic
 
 
 class Fleet:
     """The sites behind a Grid, each known by the public key that it connected with."""
 
-    def __init__(self, grid: Grid, run: RunFolder, key: EllipticCurvePrivateKey | None) -> None:
-        self.grid, self.key = grid, key
+    def __init__(
+        self, grid: Grid, run: RunFolder, key: EllipticCurvePrivateKey | None, roster: Roster | None = None
+    ) -> None:
+        self.grid, self.key, self.roster = grid, key, roster
+        self.out: dict[str, Sent] = {}  # by the message's number
+        self.late: dict[str, Sent] = {}  # those past their deadline
+        self.dropped = 0
+        self.meet(run)
+
+    def meet(self, run: RunFolder) -> None:
+        """Know from now on the sites that take part in a run."""
+        self.run = run
         self.keys = {site: _public_key(member) for site, member in run.members.items()}
         self.sites = {key.encode(): site for site, key in run.members.items()}
         membership = run.config.membership
         self.patience = membership.wait_seconds
         self.deadline = membership.round_seconds or membership.wait_seconds
-        self.late: dict[str, tuple[str, int]] = {}  # message -> site and round of answers that are still out
-        self.dropped = 0
+
+    def take_over(self) -> None:
+        """Take over, between rounds, the membership that was signed since."""
+        if self.roster is not None:
+            self.roster.take_over()
+            before = self.run.members
+            self.meet(reread(self.run))
+            same = {site for site, key in self.run.members.items() if before.get(site) == key}
+            self.out = {message_id: sent for message_id, sent in self.out.items() if sent.site in same}
+
+    def revoked(self, sites: Iterable[str]) -> list[str]:
+        """Return which of some sites take part no more; who was revoked since is cut off."""
+        if self.roster is not None and self.roster.cut_off():
+            self.meet(reread(self.run))
+        return sorted(set(sites) - self.keys.keys())
 
     def ask(self, tasks: Mapping[str, Task]) -> Iterator[tuple[str, bytes | Refusal]]:
         """Yield the answers to the tasks as they come; who stays silent is refused as silent."""
         nodes = self.wait_for(list(tasks))
         for site in sorted(tasks.keys() - nodes.keys()):
-            yield site, Refusal("silent", f"was not connected after {self.patience:.0f} s")
+            silent = Refusal("silent", f"was not connected after {self.patience:.0f} s")
+            yield site, silent if site in self.keys else REVOKED
+        self._push(tasks, nodes)
+        while self.busy():
+            if (came := self.receive()) is not None:
+                yield came
+
+    def idle(self) -> list[str]:
+        """Return the connected sites that have no task, by name."""
+        return sorted(self.online().keys() - {sent.site for sent in self.out.values()})
+
+    def send(self, tasks: Mapping[str, Task]) -> None:
+        """Send each site its task, as far as it is connected."""
+        if tasks:
+            online = self.online()
+            self._push(tasks, {site: online[site] for site in sorted(tasks) if site in online})
+
+    def busy(self) -> bool:
+        """Return whether an answer is still waited for."""
+        return bool(self.out)
+
+    def receive(self) -> tuple[str, bytes | Refusal] | None:
+        """Return the next answer, or None where none has come for a moment; who is silent too long is refused."""
+        self.drop_late()
+        for site in self.revoked(sent.site for sent in self.out.values()):
+            self.out = {message_id: sent for message_id, sent in self.out.items() if sent.site != site}
+            return site, REVOKED
+        # One at a time, so that no more than one update is in memory.
+        for message_id, sent in sorted(self.out.items(), key=lambda item: item[1]):
+            for reply in self.grid.pull_messages([message_id]):
+                del self.out[message_id]
+                return sent.site, message_to_answer(reply, sent.site, str(sent.round), self.keys[sent.site])
+            if time.monotonic() > sent.deadline:
+                self.late[message_id] = self.out.pop(message_id)
+                return sent.site, Refusal("silent", f"sent nothing for {self.deadline:.0f} s")
+        time.sleep(POLL_SECONDS)
+        return None
+
+    def drop_late(self) -> None:
+        """Take what has come for rounds that are over, so that it lies nowhere, and say so."""
+        for message_id, sent in list(self.late.items()):
+            for _ in self.grid.pull_messages([message_id]):
+                del self.late[message_id]
+                self.dropped += 1
+                log.warning(
+                    "warning: site '%s': its answer to round %d came after the round was over and is dropped "
+                    "(%d so far); raise [membership] round_seconds where that happens often",
+                    sent.site,
+                    sent.round,
+                    self.dropped,
+                )
+
+    def wait_for(self, sites: list[str], least: int | None = None) -> dict[str, int]:
+        """Return the node of each site that is connected; wait for all of them, or the least, but not for ever."""
+        deadline = time.monotonic() + self.patience
+        said = 0.0
+        while True:
+            online, gone = self.online(), self.revoked(sites)
+            nodes = {site: online[site] for site in sorted(sites) if site in online and site not in gone}
+            left = deadline - time.monotonic()
+            if len(nodes) >= min(least or len(sites), len(sites) - len(gone)) or left <= 0:
+                return nodes
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                log.warning(
+                    "waiting for %s (%.0f s left)", ", ".join(sorted(set(sites) - set(nodes) - set(gone))), left
+                )
+            time.sleep(POLL_SECONDS)
+
+    def online(self) -> dict[str, int]:
+        """Return the node of each member that is connected."""
+        nodes = {node.public_key: node.node_id for node in self.grid.get_nodes()}
+        return {self.sites[key]: node for key, node in nodes.items() if key in self.sites}
+
+    def _push(self, tasks: Mapping[str, Task], nodes: Mapping[str, int]) -> None:
         messages = [
             Message(
                 task_to_records(tasks[site], site, self.key),
@@ -63,53 +183,9 @@ class Fleet:
             )
             for site, node in nodes.items()
         ]
-        waiting = dict(zip(self.grid.push_messages(messages), nodes, strict=True))
         deadline = time.monotonic() + self.deadline
-        while waiting and time.monotonic() < deadline:
-            # One at a time, so that no more than one update is in memory.
-            for message_id in list(waiting):
-                for reply in self.grid.pull_messages([message_id]):
-                    site = waiting.pop(message_id)
-                    yield site, message_to_answer(reply, site, str(tasks[site].round), self.keys[site])
-            if waiting:
-                self.drop_late()
-                time.sleep(POLL_SECONDS)
-        for message_id, site in waiting.items():
-            self.late[message_id] = (site, tasks[site].round)
-            yield site, Refusal("silent", f"sent nothing for {self.deadline:.0f} s")
-
-    def drop_late(self) -> None:
-        """Take what has come for rounds that are over, so that it lies nowhere, and say so."""
-        for message_id, (site, number) in list(self.late.items()):
-            for _ in self.grid.pull_messages([message_id]):
-                del self.late[message_id]
-                self.dropped += 1
-                log.warning(
-                    "warning: site '%s': its answer to round %d came after the round was over and is dropped "
-                    "(%d so far); raise [membership] round_seconds where that happens often",
-                    site,
-                    number,
-                    self.dropped,
-                )
-
-    def wait_for(self, sites: list[str]) -> dict[str, int]:
-        """Return the node of each site that is connected; wait for all of them, but not for ever."""
-        deadline = time.monotonic() + self.patience
-        said = 0.0
-        while True:
-            online = {
-                self.sites[node.public_key]: node.node_id
-                for node in self.grid.get_nodes()
-                if node.public_key in self.sites
-            }
-            nodes = {site: online[site] for site in sorted(sites) if site in online}
-            left = deadline - time.monotonic()
-            if len(nodes) == len(sites) or left <= 0:
-                return nodes
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
-                log.warning("waiting for %s (%.0f s left)", ", ".join(sorted(set(sites) - set(nodes))), left)
-            time.sleep(POLL_SECONDS)
+        sent = [Sent(tasks[site].round, site, deadline) for site in nodes]
+        self.out |= zip(self.grid.push_messages(messages), sent, strict=True)
 
 
 def _public_key(member: str) -> EllipticCurvePublicKey | None:

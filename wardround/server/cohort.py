@@ -7,6 +7,7 @@ from wardround.config import FederationConfig
 from wardround.config.privacy import SitePrivacyConfig, UnitPrivacyConfig
 from wardround.errors import ConfigError
 from wardround.privacy import site_level
+from wardround.server.membership import check_declared
 from wardround.update import Declared
 
 
@@ -15,16 +16,14 @@ def choose(config: FederationConfig, members: Sequence[str], round: int) -> list
 
     Raises ConfigError where declared numbers do not carry the privacy that is promised; nothing is trained then.
     """
-    privacy, units = config.privacy, config.membership.units
-    if isinstance(privacy, UnitPrivacyConfig) and (missing := sorted(set(members) - units.keys())):
+    check_declared(config, members)
+    if isinstance(config.privacy, SitePrivacyConfig):
+        site_level.noise(config.privacy, config.training.rounds)
+    if (config.membership.buffer or 0) > len(members):
         raise ConfigError(
-            f"[membership] units: no declared number of {privacy.unit}s for '{missing[0]}'; add one, a round number "
-            "below the true one."
+            f"[membership] buffer = {config.membership.buffer}: there are {len(members)} sites, and a round takes one "
+            "update of each; lower it."
         )
-    if isinstance(privacy, SitePrivacyConfig):
-        if len(members) > privacy.cohort:
-            raise ConfigError(f"[privacy] cohort = {privacy.cohort}: there are {len(members)} sites; declare them all.")
-        site_level.noise(privacy, config.training.rounds)
     asked, least = config.membership.sites_per_round, config.aggregation.least_sites
     if min(asked or len(members), len(members)) < least:
         raise ConfigError(
@@ -41,6 +40,17 @@ def enough(config: FederationConfig, cohort: Sequence[str], exhausted: int = 0) 
     return min(config.membership.min_sites or max(1, len(cohort) - exhausted), len(cohort))
 
 
+def freshness(config: FederationConfig, staleness: int) -> float:
+    """Return what an update that began so many rounds ago counts: (1 + t) to the minus [membership] staleness.
+
+    The polynomial of Xie et al. 2019 (arXiv:1903.03934, section 5.2), which FedBuff takes at 0.5.
+
+    >>> freshness(FederationConfig.model_validate(dict(format=1, name="x", training=dict(rounds=9, local_steps=1))), 3)
+    0.5
+    """
+    return float((1 + staleness) ** -config.membership.staleness)
+
+
 def weights(config: FederationConfig, declared: Mapping[str, Declared]) -> dict[str, float]:
     """Return the weight of each folded site; they need not sum to 1.
 
@@ -50,7 +60,7 @@ def weights(config: FederationConfig, declared: Mapping[str, Declared]) -> dict[
     if kind == "uniform":
         return dict.fromkeys(declared, 1.0)
     if kind == "images" and isinstance(config.privacy, UnitPrivacyConfig):
-        return {site: float(membership.units[site]) for site in declared}
+        return {site: float(update.units or 0) for site, update in declared.items()}  # check_update has compared them
     if kind == "images":
         return {site: float(update.images or 0) for site, update in declared.items()}  # none passes check_update
     if missing := sorted(declared.keys() - membership.sites.keys()):

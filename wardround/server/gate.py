@@ -10,7 +10,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,10 @@ _PATIENCE = 10.0  # seconds
 
 
 @contextlib.contextmanager
-def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator[None]:
+def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator[Callable[[], None]]:
     """Serve sites on host:port, in a thread, and pass them on to SuperLink's loopback port.
 
+    Gives what takes the kit's certificate anew, for every connection from then on; none is cut.
     Raises ConfigError where the address cannot be listened on.
     """
     try:
@@ -72,6 +73,16 @@ def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator
             access_log=False,
         )
     )
+
+    def renew() -> None:
+        assert server.config.ssl is not None, "it has started"
+        try:
+            server.config.ssl.load_cert_chain(kit / "server.crt", kit / "server.key")
+        except OSError as error:
+            raise ConfigError(
+                f"{kit}: server.crt and server.key do not fit each other; put the right ones back."
+            ) from error
+
     thread = threading.Thread(target=server.run, args=([door],), name="gate", daemon=True)
     with door:
         thread.start()
@@ -80,7 +91,7 @@ def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator
                 if not thread.is_alive():
                     raise WardroundError(f"the gate on {host}:{port} did not open; see {log}.")
                 time.sleep(0.02)
-            yield
+            yield renew
         finally:
             server.should_exit = True
             thread.join(_PATIENCE)

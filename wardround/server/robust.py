@@ -22,11 +22,14 @@ _NUMBER = 8  # bytes: blocks are float64
 Floats = NDArray[np.float64]
 
 
-def folded(read: Read, weights: Mapping[str, float], state: State, config: AggregationConfig) -> Callable[[str], Array]:
-    """Return a function that gives one tensor of the cohort's delta by the config's rule, in float64.
+def folded(
+    read: Read, weights: Mapping[str, float], state: State, config: AggregationConfig
+) -> tuple[Callable[[str], Array], Mapping[str, float]]:
+    """Return a function that gives one tensor of the cohort's delta by the config's rule, in float64; and who counts.
 
-    Raises ConfigError where too few sites are there for the rule. Krum and the bound read everything once
-    before; the function then reads one tensor of the sites.
+    Those are the weights, or of Krum the sites that it keeps, all alike. Krum and the bound read everything once
+    before; the function then reads one tensor of the sites. Raises ConfigError where too few sites are there
+    for the rule.
     """
     sites, shapes = sorted(weights), {name: array.shape for name, array in state.items()}
     if len(sites) < config.least_sites:
@@ -37,14 +40,14 @@ def folded(read: Read, weights: Mapping[str, float], state: State, config: Aggre
     if config.norm_bound is not None:
         read = bounded(read, {site: norm(read, site, shapes) for site in sites}, config.norm_bound)
     if config.rule == "median":
-        return lambda name: coordinatewise(read, sites, name, shapes[name], median)
+        return lambda name: coordinatewise(read, sites, name, shapes[name], median), weights
     if config.trim is not None:
         cut = trimmed(len(sites), config.trim)
-        return lambda name: coordinatewise(read, sites, name, shapes[name], partial(trimmed_mean, cut=cut))
+        return lambda name: coordinatewise(read, sites, name, shapes[name], partial(trimmed_mean, cut=cut)), weights
     if config.byzantine is not None:
         chosen = krum(squared_distances(read, sites, shapes), config.byzantine, config.keep or 1)
-        return partial(weighted_mean, read, {sites[place]: 1.0 for place in chosen})
-    return partial(weighted_mean, read, weights)
+        weights = {sites[place]: 1.0 for place in chosen}
+    return partial(weighted_mean, read, weights), weights
 
 
 def median(block: Floats) -> Floats:

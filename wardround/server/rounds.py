@@ -8,6 +8,8 @@ folded as it was decided.
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,11 @@ from wardround.registry.versions import versions
 from wardround.server import cohort
 from wardround.server.aggregate import Read, fold, next_variates, with_variates
 from wardround.server.robust import folded
-from wardround.server.run_folder import RunFolder
+from wardround.server.run_folder import RunFolder, reread
 from wardround.server.spool import Closed, Spool
 from wardround.update import (
     Declared,
+    Layout,
     Refusal,
     State,
     Task,
@@ -43,24 +46,48 @@ from wardround.update import (
 Ask = Callable[[Mapping[str, Task]], Iterator[tuple[str, bytes | Refusal]]]
 
 
-def run_rounds(run: RunFolder, ask: Ask, committed: Callable[[int], None]) -> None:
-    """Train until the last round is committed; `committed` is called after each commit."""
+# Returns the decision on an open round of a run, from the checkpoint before it.
+Gather = Callable[[RunFolder, Checkpoint, Spool, int], Closed]
+
+
+@dataclass
+class Tally:
+    """What has come of an open round beside the updates that are spooled, by site."""
+
+    refused: dict[str, Refusal] = field(default_factory=dict)
+    ledgers: dict[str, str] = field(default_factory=dict)  # heads that came with refused updates
+    received: dict[str, int] = field(default_factory=dict)  # bytes as they crossed
+    sent: int = 0
+
+
+def run_rounds(run: RunFolder, ask: Ask, committed: Callable[[int], None], fill: Gather | None = None) -> None:
+    """Train until the last round is committed; `committed` is called after each commit.
+
+    `ask` asks the sites of a round that waits for them; `fill` gathers those of [membership] buffer (see buffer.py).
+    """
     last = run.newest()
     done = last.round
     todo = range(done + 1, run.config.training.rounds + 1)
     for number in tqdm(todo, "rounds", initial=done, total=run.config.training.rounds, unit="round", disable=None):
-        last = run_round(run, last, number, ask)
+        gather = partial(collect, ask=ask) if run.config.membership.buffer is None else fill
+        assert gather is not None, "who has a buffer says how it is filled"
+        last = run_round(run, last, number, gather)
         committed(number)
+        run = reread(run)  # who takes part may have changed
 
 
-def run_round(run: RunFolder, last: Checkpoint, number: int, ask: Ask) -> Checkpoint:
-    """Ask, close, fold and commit one round, from wherever an earlier try left it."""
+def run_round(run: RunFolder, last: Checkpoint, number: int, gather: Gather) -> Checkpoint:
+    """Gather, close, fold and commit one round, from wherever an earlier try left it."""
     started = time.time()
     spool = Spool(run.round(number))
-    closed = spool.closed() or collect(run, last, spool, number, ask)
-    weights = cohort.weights(run.config, closed.declared)
+    closed = spool.closed() or gather(run, last, spool, number)
+    fresh = cohort.weights(run.config, closed.declared)
+    weights: Mapping[str, float] = {
+        site: one * cohort.freshness(run.config, number - closed.rounds[site]) for site, one in fresh.items()
+    }
     with spool.reader(closed) as read:
-        after, server = next_state(run, last, read, weights)
+        share = sum(weights.values()) / sum(fresh.values())
+        after, server, weights = next_state(run, last, read, weights, share)
     state, server, step = publish(run.protocol.encoding, last, after, server)
     record = _record(run, closed, weights, last, time.time() - started)
     new = Checkpoint(number, run.digest, state, server, record, step)
@@ -69,9 +96,13 @@ def run_round(run: RunFolder, last: Checkpoint, number: int, ask: Ask) -> Checkp
     return new
 
 
-def next_state(run: RunFolder, last: Checkpoint, read: Read, weights: dict[str, float]) -> tuple[State, State]:
-    """Return the state and the server optimiser's tensors after a round.
+def next_state(
+    run: RunFolder, last: Checkpoint, read: Read, weights: Mapping[str, float], share: float
+) -> tuple[State, State, Mapping[str, float]]:
+    """Return the state and the server optimiser's tensors after a round, and the weights of the sites that count.
 
+    `share` is what staleness leaves of the weights' sum, and so of the mean: FedBuff divides by the buffer's
+    size, whatever is in it (Nguyen et al. 2022, arXiv:2106.06639, Algorithm 1).
     Where a site is the privacy unit and the server adds the noise, it is fresh at every call: only what
     the commit's rename publishes may be seen.
     """
@@ -80,15 +111,14 @@ def next_state(run: RunFolder, last: Checkpoint, read: Read, weights: dict[str, 
         clip = float(last.server.get(site_level.CLIP, np.float64(privacy.clip)))
         noisy, clip = site_level.noisy_mean(read, weights, last.state, privacy, rounds, clip)
         state, server = fold(last.state, last.server, noisy, config)
-        return state, {**server, site_level.CLIP: np.array(clip)}
-    delta = folded(read, weights, last.state, config)
+        return state, {**server, site_level.CLIP: np.array(clip)}, weights
+    delta, counted = folded(read, weights, last.state, config)
     if isinstance(privacy, SitePrivacyConfig):
-        present = len(weights) / privacy.cohort  # the mean over the declared cohort
-        return fold(last.state, last.server, lambda name: present * delta(name), config)
-    state, server = fold(last.state, last.server, delta, config)
+        share *= len(weights) / privacy.cohort  # the mean over the declared cohort
+    state, server = fold(last.state, last.server, lambda name: share * delta(name), config)
     if run.config.training.correction.name == "scaffold":
         server |= next_variates(read, weights, len(run.members), last.state, last.server)
-    return state, server
+    return state, server, counted
 
 
 def outgoing(run: RunFolder, last: Checkpoint) -> State:
@@ -114,55 +144,72 @@ def collect(run: RunFolder, last: Checkpoint, spool: Spool, number: int, ask: As
     """Return the decision on a round: ask whoever has not answered, check and keep what comes, close."""
     asked = spool.cohort()
     if asked is None:
-        asked = cohort.choose(run.config, list(run.members), number)
+        asked = dict.fromkeys(cohort.choose(run.config, list(run.members), number), number)
         spool.open(asked)
     missing = sorted(set(asked) - set(spool.arrived()))
-    refused: dict[str, Refusal] = {}
-    ledgers: dict[str, str] = {}
-    received: dict[str, int] = {}
-    state = outgoing(run, last)
-    sent = 0
+    tally, state = Tally(), outgoing(run, last)
+    shapes, start = layout(state), state_hash(state)
     for whole in (False, True):  # who lacks the state that its step starts from is asked again with the whole one
-        tasks = _tasks(run, last, number, missing, whole)
+        tasks = tasks_of(run, last, number, missing, whole)
         missing = []
-        sent += sum(len(task.state) for task in tasks.values())
+        tally.sent += sum(len(task.state) for task in tasks.values())
         for site, answer in ask(tasks) if tasks else ():
-            if isinstance(answer, Refusal):
-                refused[site] = answer
-                if answer.code == "state" and not whole:
-                    missing.append(site)
-                continue
-            received[site] = len(answer)
-            try:
-                spool.add(site, check_update(run, site, number, state, answer))
-                refused.pop(site, None)
-            except UpdateError as error:
-                refused[site] = Refusal("invalid", str(error))
-                ledgers |= _ledger_of(run, site, state, answer)
-    exhausted = sum(refusal.code == "budget" for refusal in refused.values())  # they will not come back
-    arrived, needed = len(spool.arrived()), cohort.enough(run.config, asked, exhausted)
-    if arrived < needed:
-        reasons = "; ".join(f"'{site}' {refused[site].code}: {refused[site].text}" for site in sorted(refused))
-        raise UpdateError(
-            f"round {number}: {arrived} of {len(asked)} sites gave an update, {needed} are needed. "
-            f"{reasons.rstrip('.')}. What arrived is kept; start the same command again to ask the others anew."
-        )
-    return spool.close(refused, ledgers, received, sent)
+            take(run, spool, tally, site, number, shapes, start, answer)
+            if isinstance(answer, Refusal) and answer.code == "state" and not whole:
+                missing.append(site)
+    exhausted = sum(refusal.code == "budget" for refusal in tally.refused.values())  # they will not come back
+    left = [site for site in asked if site not in tally.refused or tally.refused[site].code != "revoked"]
+    needed = cohort.enough(run.config, left, exhausted)
+    if len(spool.arrived()) < needed:
+        raise too_few(number, spool, len(asked), needed, tally.refused)
+    return spool.close(tally.refused, tally.ledgers, tally.received, tally.sent)
 
 
-def check_update(run: RunFolder, site: str, number: int, state: State, answer: bytes) -> bytes:
+def take(
+    run: RunFolder,
+    spool: Spool,
+    tally: Tally,
+    site: str,
+    number: int,
+    shapes: Layout,
+    start: str,
+    answer: bytes | Refusal,
+) -> None:
+    """Spool a site's update of the round that it was asked in, from the state of hash `start`; or note why not."""
+    if isinstance(answer, Refusal):
+        tally.refused[site] = answer
+        return
+    tally.received[site] = len(answer)
+    try:
+        spool.add(site, check_update(run, site, number, shapes, start, answer))
+        tally.refused.pop(site, None)
+    except UpdateError as error:
+        tally.refused[site] = Refusal("invalid", str(error))
+        tally.ledgers |= ledger_of(run, site, shapes, answer)
+
+
+def too_few(number: int, spool: Spool, asked: int, needed: int, refused: Mapping[str, Refusal]) -> UpdateError:
+    """Return the error of a round that cannot be closed, with each site's reason."""
+    reasons = "; ".join(f"'{site}' {refused[site].code}: {refused[site].text}" for site in sorted(refused))
+    return UpdateError(
+        f"round {number}: {len(spool.arrived())} of {asked} sites gave an update, {needed} are needed. "
+        f"{reasons.rstrip('.')}. What arrived is kept; start the same command again to ask the others anew."
+    )
+
+
+def check_update(run: RunFolder, site: str, number: int, shapes: Layout, start: str, answer: bytes) -> bytes:
     """Return the block in an answer, to be spooled.
 
-    Raises UpdateError unless it is this site's update, of this round, from this state, and sound.
+    Raises UpdateError unless it is this site's update, of this round, from the state of this hash, and sound.
     """
-    kind, shapes = run.protocol.encoding, layout(state)
+    kind = run.protocol.encoding
     block = inflate(answer, shapes, kind, f"site '{site}': its update")
     update = Update.from_bytes(block)
-    expected = {"site": site, "protocol": run.digest, "round": number, "state": state_hash(state), "encoding": kind}
-    for field, value in expected.items():
-        if (found := getattr(update, field)) != value:
+    expected = {"site": site, "protocol": run.digest, "round": number, "state": start, "encoding": kind}
+    for name, value in expected.items():
+        if (found := getattr(update, name)) != value:
             raise UpdateError(
-                f"site '{site}': its update says {field} {str(found)[:16]}, expected {str(value)[:16]}. "
+                f"site '{site}': its update says {name} {str(found)[:16]}, expected {str(value)[:16]}. "
                 "Compare its protocol digest with 'wardround check'."
             )
     _check_declared(run, site, update.declared)
@@ -187,16 +234,16 @@ def _check_declared(run: RunFolder, site: str, declared: Declared) -> None:
         raise UpdateError(f"{who}: declares {declared.images} images and {declared.steps} steps.")
 
 
-def _ledger_of(run: RunFolder, site: str, state: State, answer: bytes) -> dict[str, str]:
+def ledger_of(run: RunFolder, site: str, shapes: Layout, answer: bytes) -> dict[str, str]:
     """Return the ledger's head in a refused update by its site; empty where none can be read."""
     try:
-        head = Update.from_bytes(inflate(answer, layout(state), run.protocol.encoding, "")).declared.ledger
+        head = Update.from_bytes(inflate(answer, shapes, run.protocol.encoding, "")).declared.ledger
     except UpdateError:
         return {}
     return {} if head is None else {site: head}
 
 
-def _tasks(run: RunFolder, last: Checkpoint, number: int, sites: list[str], whole: bool) -> dict[str, Task]:
+def tasks_of(run: RunFolder, last: Checkpoint, number: int, sites: list[str], whole: bool) -> dict[str, Task]:
     """Return each site's task; those with the whole state share one block of bytes, those with a step another.
 
     Whose update was folded in the last round began it from the state that the step starts from.
@@ -221,7 +268,7 @@ def _tasks(run: RunFolder, last: Checkpoint, number: int, sites: list[str], whol
     }
 
 
-def _newest(seen: Mapping[str, str], came: Mapping[str, str]) -> dict[str, str]:
+def newest_heads(seen: Mapping[str, str], came: Mapping[str, str]) -> dict[str, str]:
     """Return each site's longest ledger: lengths only grow, and a shorter one is a restored copy."""
     heads = dict(seen)
     for site, head in came.items():
@@ -230,16 +277,22 @@ def _newest(seen: Mapping[str, str], came: Mapping[str, str]) -> dict[str, str]:
 
 
 def _record(
-    run: RunFolder, closed: Closed, weights: dict[str, float], last: Checkpoint, seconds: float
+    run: RunFolder, closed: Closed, weights: Mapping[str, float], last: Checkpoint, seconds: float
 ) -> dict[str, Any]:
     """Return what the manifest tells a person about the round."""
     total = sum(weights.values())
     number = last.round + 1
     return {
-        "sites": {site: {**vars(value), "weight": weights[site] / total} for site, value in closed.declared.items()},
+        "sites": {
+            site: {**vars(value), "weight": weights.get(site, 0.0) / total} for site, value in closed.declared.items()
+        },
         "refused": closed.refused,
-        "last_folded": {**last.record.get("last_folded", {}), **dict.fromkeys(closed.updates, number)},
-        "ledgers": _newest(last.record.get("ledgers", {}), closed.ledgers),
+        "last_folded": {**last.record.get("last_folded", {}), **closed.rounds},
+        "base_rounds": closed.rounds,
+        "staleness": {site: number - round for site, round in closed.rounds.items()},
+        "training": closed.training,
+        "dropped": closed.dropped,
+        "ledgers": newest_heads(last.record.get("ledgers", {}), closed.ledgers),
         "bytes_received": closed.bytes,
         "bytes_sent": closed.sent,
         "seconds": seconds,

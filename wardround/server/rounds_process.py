@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from wardround.connection import coordinating
 from wardround.errors import WardroundError
 from wardround.server.app import run_federation
+from wardround.server.roster import Roster
 from wardround.server.run_folder import open_run
-
-ERROR = "error: "  # before the one line of a user's error
+from wardround.server.superlink import ERROR
 
 
 def main(folder: str, kit: str, address: str, secret: str, number: str) -> None:
@@ -27,7 +27,8 @@ def main(folder: str, kit: str, address: str, secret: str, number: str) -> None:
         assert isinstance(key, EllipticCurvePrivateKey), "provision makes no other"
         ca = (Path(kit) / "ca.crt").read_bytes()
         with coordinating(address, ca, Path(secret).read_bytes(), int(number)) as grid:
-            run_federation(grid, open_run(Path(folder)), key)
+            run = open_run(Path(folder))
+            run_federation(grid, run, key, Roster(Path(kit), run.path))
     except WardroundError as error:
         print(f"{ERROR}{error}", flush=True)
         sys.exit(2)

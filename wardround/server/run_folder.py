@@ -2,23 +2,26 @@
 
 federation.json    the config as resolved          rounds/00000/checkpoint/   the initial state
 protocol.json      what the sites approved         rounds/00001/cohort.json   who was asked
-members.json       site name -> public key         rounds/00001/updates/      what has come in
+members.json       who takes part, by which key   rounds/00001/updates/      what has come in
 run.json           where it is tracked             rounds/00001/closed.json   who counts
                                                    rounds/00001/checkpoint/   the commit
 """
 
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wardround.config import FederationConfig, Protocol, parse
 from wardround.errors import CheckpointError
-from wardround.plan import Plan
 from wardround.registry import checkpoint
 from wardround.registry.checkpoint import Checkpoint
 from wardround.registry.durable import sync_folder, write_file
+from wardround.server.membership import Members, read_members, write_members
+
+if TYPE_CHECKING:
+    from wardround.plan import Plan  # loads torch, and a run folder is read without it
 
 # What may lie in a folder before it is a whole run: a start that was cut off, or the sites of one process.
 OURS = {"federation.json", "members.json", "run.json", "rounds", "sites", "hospitals"}
@@ -87,7 +90,7 @@ class RunFolder:
         return record
 
 
-def check_owner(path: Path, plan: Plan) -> None:
+def check_owner(path: Path, plan: "Plan") -> None:
     """Raise CheckpointError where a folder holds the run of another config, or something else."""
     if (path / "protocol.json").exists():
         found = _read(path / "protocol.json")
@@ -101,15 +104,16 @@ def check_owner(path: Path, plan: Plan) -> None:
         raise CheckpointError(f"run folder {path}: is not empty and no run of Wardround; give another --out.")
 
 
-def create(path: Path, plan: Plan, members: dict[str, str], tracking: str) -> RunFolder:
+def create(path: Path, plan: "Plan", members: dict[str, str], tracking: str, version: int = 0) -> RunFolder:
     """Return the run folder of a plan, made if it is not there.
 
-    Raises CheckpointError where the folder belongs to another config. Members and tracking may change.
+    Raises CheckpointError where the folder belongs to another config. Members and tracking may change;
+    `version` is that of the signed membership which the members are from.
     """
     check_owner(path, plan)
     known = _read(path / "run.json")["id"] if (path / "run.json").exists() else secrets.token_hex(8)
     run = RunFolder(path, plan.config, plan.protocol, members, tracking, known)
-    write_file(path / "members.json", json.dumps(members, indent=2).encode())
+    write_members(path / "members.json", Members(version=version, settings=plan.config.membership, keys=members))
     write_file(path / "run.json", json.dumps({"tracking": tracking, "id": known}).encode())
     write_file(path / "federation.json", plan.config.model_dump_json(indent=2).encode())
     if 0 not in run.committed():
@@ -125,13 +129,22 @@ def open_run(path: Path) -> RunFolder:
         raise CheckpointError(
             f"{path}: is no run folder (it has no protocol.json); give the --out of an earlier command."
         )
-    return RunFolder(
-        path,
-        parse(_read(path / "federation.json"), FederationConfig, str(path / "federation.json")),
-        parse(_read(path / "protocol.json"), Protocol, str(path / "protocol.json")),
-        _read(path / "members.json"),
-        **_read(path / "run.json"),
-    )
+    config = parse(_read(path / "federation.json"), FederationConfig, str(path / "federation.json"))
+    protocol = parse(_read(path / "protocol.json"), Protocol, str(path / "protocol.json"))
+    return reread(RunFolder(path, config, protocol, {}, **_read(path / "run.json")))
+
+
+def reread(run: RunFolder) -> RunFolder:
+    """Return a run as its members are now: they may change between two rounds.
+
+    Raises ConfigError where what they changed to does not go with the rest of the config.
+    """
+    path = run.path / "members.json"
+    found = read_members(path)
+    if found.settings == run.config.membership:
+        return replace(run, members=found.keys)
+    changed = {**run.config.model_dump(mode="json"), "membership": found.settings.model_dump(mode="json")}
+    return replace(run, config=parse(changed, FederationConfig, str(path)), members=found.keys)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ class Closed:
     bytes: int  # of the updates as they crossed
     sent: int  # bytes of the tasks' states, by the process that closed
     ledgers: dict[str, str]  # site -> LENGTH:HASH of its ledger, also of those whose update is refused
+    rounds: dict[str, int]  # site -> the round that its update was asked in; with a buffer, that may be an earlier one
+    training: dict[str, int] = field(default_factory=dict)  # site -> the round of what it was asked and still works on
+    dropped: dict[str, int] = field(default_factory=dict)  # site -> the round of an update that came too late to count
 
 
 class Spool:
@@ -42,13 +45,13 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def cohort(self) -> list[str] | None:
-        """Return the sites that were asked, or None where the round has not begun."""
+    def cohort(self) -> dict[str, int] | None:
+        """Return the sites that were asked, each with the round it was asked in; None where this one has not begun."""
         path = self.folder / "cohort.json"
         return json.loads(path.read_bytes()) if path.exists() else None
 
-    def open(self, cohort: list[str]) -> None:
-        """Write down who is asked."""
+    def open(self, cohort: Mapping[str, int]) -> None:
+        """Write down who is asked, and in which round: this one, or an earlier one that is not answered yet."""
         write_file(self.folder / "cohort.json", json.dumps(cohort).encode())
 
     def add(self, site: str, block: bytes) -> None:
@@ -60,30 +63,30 @@ class Spool:
         return sorted(path.name.removesuffix(".safetensors") for path in self.folder.glob("updates/[!.]*.safetensors"))
 
     def close(
-        self, refused: dict[str, Refusal], ledgers: dict[str, str], received: Mapping[str, int], sent: int
+        self,
+        refused: Mapping[str, Refusal],
+        ledgers: Mapping[str, str],
+        received: Mapping[str, int],
+        sent: int,
+        training: Mapping[str, int] | None = None,
+        dropped: Mapping[str, int] | None = None,
     ) -> Closed:
         """Decide, on disk, that what has arrived counts and nothing after it does.
 
         `ledgers` are the heads that came with refused updates; `received` and `sent` are bytes as they crossed.
         """
-        declared, hashes, size = {}, {}, 0
+        declared, hashes, rounds, size = {}, {}, {}, 0
         for site in self.arrived():
             block = self._update(site).read_bytes()
-            declared[site] = Update.from_bytes(block).declared
+            update = Update.from_bytes(block)
+            declared[site], rounds[site] = update.declared, update.round
             hashes[site] = hashlib.sha256(block).hexdigest()
             size += received.get(site, len(block))  # what came before a restart counts by its size here
         reasons = {site: f"{refusal.code}: {refusal.text}" for site, refusal in refused.items() if site not in hashes}
-        heads = ledgers | {site: value.ledger for site, value in declared.items() if value.ledger is not None}
-        decision = {
-            "updates": hashes,
-            "declared": {site: vars(value) for site, value in declared.items()},
-            "refused": reasons,
-            "bytes": size,
-            "sent": sent,
-            "ledgers": heads,
-        }
-        write_file(self.folder / "closed.json", json.dumps(decision, indent=2, sort_keys=True).encode())
-        return Closed(hashes, declared, reasons, size, sent, heads)
+        heads = {**ledgers, **{site: value.ledger for site, value in declared.items() if value.ledger is not None}}
+        closed = Closed(hashes, declared, reasons, size, sent, heads, rounds, dict(training or {}), dict(dropped or {}))
+        write_file(self.folder / "closed.json", json.dumps(asdict(closed), indent=2, sort_keys=True).encode())
+        return closed
 
     def closed(self) -> Closed | None:
         """Return the decision, or None while the round is open."""
@@ -91,9 +94,7 @@ class Spool:
         if not path.exists():
             return None
         found = json.loads(path.read_bytes())
-        declared = {site: Declared(**value) for site, value in found["declared"].items()}
-        sent, heads = found.get("sent", 0), found.get("ledgers", {})
-        return Closed(found["updates"], declared, found["refused"], found["bytes"], sent, heads)
+        return Closed(**found | {"declared": {site: Declared(**one) for site, one in found["declared"].items()}})
 
     @contextmanager
     def reader(self, closed: Closed) -> Iterator[Read]:

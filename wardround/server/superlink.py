@@ -8,33 +8,37 @@ import contextlib
 import json
 import re
 import secrets
+import signal
 import ssl
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from tqdm import tqdm
 
 from wardround.config import FederationConfig, read_toml
-from wardround.errors import ConfigError, WardroundError
-from wardround.plan import resolve
-from wardround.processes import NewLines, alone, command, environment, free_port, running, stopped_by_sigterm
+from wardround.errors import CheckpointError, ConfigError, WardroundError
+from wardround.processes import NewLines, alone, command, free_port, running, stopped_by_sigterm
 from wardround.registry.durable import write_file
 from wardround.server.fab import write_stub
 from wardround.server.gate import gate
-from wardround.server.rounds_process import ERROR
-from wardround.server.run_folder import RunFolder, create
+from wardround.server.membership import Members, members_of, read_members
+from wardround.server.registration import CONNECTION, admit, flwr, forget, is_registered
+from wardround.server.run_folder import RunFolder, create, open_run, reread
+from wardround.signatures import untrusted
 
 _STARTUP = 120.0  # seconds; a cold start on a slow disk takes about ten
 _POLL = 0.2  # seconds
+ERROR = "error: "  # before the one line of a user's error, as the rounds' process says it
+Answer = TypeVar("Answer")
 _TRIES, _LONGEST_PAUSE = 6, 60.0  # new starts without a round in between; seconds
-_CONNECTION = "coordinator"  # the name of our SuperLink in the Flower CLI's own config
 
 
 def coordinate(config: Path, kit: Path, out: Path, port: int, tracking: str, host: str = "127.0.0.1") -> None:
@@ -42,23 +46,36 @@ def coordinate(config: Path, kit: Path, out: Path, port: int, tracking: str, hos
 
     Raises WardroundError, in one line, for whatever stops it; it goes on where it stopped when called again.
     """
+    # In a process that ends: torch and timm take a gigabyte. Ctrl-C is this one's to hear.
+    with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as planner:
+        planner.submit(prepare, config, kit, out, tracking).result()
+    serve(open_run(out), kit, port, host)
+
+
+def prepare(config: Path, kit: Path, out: Path, tracking: str) -> None:
+    """Make a federation's run folder, or see that it is this one's; its members are those that were signed."""
+    from wardround.plan import resolve
+
     federation = read_toml(config, FederationConfig)
-    run = create(out, resolve(federation), member_keys(kit, federation), tracking)
-    serve(run, kit, port, host)
+    members = current_members(kit, federation, out)
+    create(out, resolve(federation), members.keys, tracking, members.version)
 
 
-def member_keys(kit: Path, config: FederationConfig) -> dict[str, str]:
-    """Return the public key (PEM) of each site that takes part, from the coordinator's kit."""
+def current_members(kit: Path, config: FederationConfig, out: Path) -> Members:
+    """Return who takes part by the coordinator's kit, which is whole and no older than what the run knows."""
     for name in ("ca.crt", "server.crt", "server.key", "signing.key"):
         if not (kit / name).is_file():
             raise ConfigError(f"{kit}: has no {name}; give --kit the 'coordinator' folder of 'wardround provision'.")
-    found = {path.stem: path for path in sorted((kit / "keys").glob("*.pub"))}
-    if missing := sorted(config.membership.sites.keys() - found.keys()):
-        raise ConfigError(f"{kit}: has no key of site '{missing[0]}'; make its kit with 'wardround provision'.")
-    sites = sorted(config.membership.sites or found)
-    if not sites:
-        raise ConfigError(f"{kit}: has no site's key; make kits with 'wardround provision'.")
-    return {site: _pem(found[site]) for site in sites}
+    if problem := untrusted((kit / "server.crt").read_bytes(), (kit / "ca.crt").read_bytes()):
+        raise ConfigError(f"{kit / 'server.crt'}: {problem}; make another with 'wardround provision rotate'.")
+    members = members_of(kit, config)
+    known = out / "members.json"
+    if known.exists() and (version := read_members(known).version) > members.version:
+        raise CheckpointError(
+            f"{kit}: its membership is version {members.version}, and run folder {out} has taken over {version}; put "
+            "the newest back, or else who was revoked since would be let in again."
+        )
+    return members
 
 
 def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1") -> None:
@@ -70,15 +87,18 @@ def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1") -> None
     home, kit, inner = run.path.resolve() / "flower", kit.resolve(), free_port()
     logs = home.parent / "logs"
     with stopped_by_sigterm(), alone(home, "wardround coordinate"):
-        if not _registered(home, run.members):
-            _forget(home)
-        with gate(kit, host, port, inner, logs / "gate.log"):
+        with gate(kit, host, port, inner, logs / "gate.log") as renew:
             tries, done, lived = 0, -1, False
             while True:
+                run = reread(run)
+                if not is_registered(home, run.members):
+                    forget(home)
                 try:
+                    renew()
                     with _superlink(run.path, home, kit, inner) as link:
                         lived = True
-                        _register(link, run.members)
+                        if not is_registered(home, run.members):
+                            link.checked(admit, run.members)
                         if tries == 0:
                             name = run.config.name
                             print(f"federation '{name}': sites connect to {host}:{port}; logs in {logs}", flush=True)
@@ -94,7 +114,7 @@ def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1") -> None
                     pause = min(_LONGEST_PAUSE, 2.0**tries)
                     print(f"warning: {death} Starts again in {pause:.0f} s.", flush=True)
                     time.sleep(pause)
-        _forget(home)  # the last updates still stand in it
+        forget(home)  # the last updates still stand in it
 
 
 class Died(WardroundError):  # noqa: N818  # no error of anyone
@@ -120,23 +140,13 @@ class Link:
             plain = re.sub(r"\x1b\[\d+m", "", last)[-300:]
             raise Died(f"Flower's SuperLink ended with {code}: {plain.strip('. ')}. See {log}.")
 
-    def flwr(self, *arguments: str | Path) -> dict[str, Any]:
-        """Return the Flower CLI's answer. Raises WardroundError with what it says where it fails."""
-        call = command("flwr", *arguments, "--format", "json")
+    def checked(self, call: Callable[..., Answer], *arguments: Any) -> Answer:
+        """Return what one of registration.py's calls returns; raise Died where it fails since SuperLink has ended."""
         try:
-            done = subprocess.run(
-                call, env=environment(self.home), cwd=self.home, capture_output=True, text=True, timeout=_STARTUP
-            )
-            answer: dict[str, Any] = json.loads(done.stdout)
-        except subprocess.TimeoutExpired:
-            answer = {"error-message": f"no answer after {_STARTUP:.0f} s"}
-        except ValueError:
-            answer = {"error-message": done.stderr or done.stdout}
-        if not answer.get("success"):  # its exit status is 0 even so
+            return call(self.home, *arguments)
+        except WardroundError:
             self.check()
-            reason = " ".join(str(answer.get("error-message")).split())
-            raise WardroundError(f"Flower refused '{' '.join(map(str, arguments[:2]))}': {reason[-300:]}.")
-        return answer
+            raise
 
 
 @contextlib.contextmanager
@@ -158,7 +168,7 @@ def _superlink(run: Path, home: Path, kit: Path, port: int) -> Iterator[Link]:
     )
     connection = {"address": f"127.0.0.1:{port}", "root-certificates": str(kit / "ca.crt")}
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in connection.items()]
-    write_file(home / "config.toml", "\n".join([f"[superlink.{_CONNECTION}]", *lines, ""]).encode())
+    write_file(home / "config.toml", "\n".join([f"[superlink.{CONNECTION}]", *lines, ""]).encode())
     with running(arguments, home, logs / "superlink.log", run) as process:
         link = Link(home, logs, secret, kit, port, process)
         _wait_until_healthy(link)
@@ -180,34 +190,15 @@ def _wait_until_healthy(link: Link) -> None:
         time.sleep(0.1)
 
 
-def _registered(home: Path, members: dict[str, str]) -> bool:
-    """Return whether SuperLink's database knows exactly these keys."""
-    book = home / "registered.json"
-    return book.exists() and json.loads(book.read_bytes()) == members
-
-
-def _forget(home: Path) -> None:
-    """Begin SuperLink's database anew. It never admits a key again that was taken back, so nothing is taken back."""
-    for path in (home / "registered.json", *home.glob("state.db*")):
-        path.unlink(missing_ok=True)
-
-
-def _register(link: Link, members: dict[str, str]) -> None:
-    """Tell SuperLink the sites' keys, unless it has them from an earlier start."""
-    if _registered(link.home, members):
-        return
-    for site in tqdm(sorted(members), "keys", unit="site", disable=None, delay=2, leave=False):
-        link.flwr("supernode", "register", link.kit / "keys" / f"{site}.pub", _CONNECTION, "--name", site)
-    write_file(link.home / "registered.json", json.dumps(members).encode())
-
-
 def _follow(link: Link, run: RunFolder) -> None:
     """Run the rounds to their end. Raises WardroundError with what stopped them, Died where a new start may do."""
-    number, log = str(link.flwr("run", write_stub(link.home / "stub"), _CONNECTION)["run-id"]), link.logs / "rounds.log"
+    number = str(link.checked(flwr, "run", write_stub(link.home / "stub"), CONNECTION)["run-id"])
+    log = link.logs / "rounds.log"
     address = f"127.0.0.1:{link.port}"
     rounds = [sys.executable, "-m", "wardround.server.rounds_process", str(run.path.resolve())]
     rounds += [str(link.kit), address, str(link.secret), number]
     lines, done, last = NewLines(log), run.committed()[-1], ""
+    certificate = (link.kit / "server.crt").read_bytes()
     with (
         tqdm(total=run.config.training.rounds, initial=done, desc="rounds", unit="round", disable=None) as bar,
         running(rounds, link.home, log, Path.cwd()) as process,
@@ -216,9 +207,12 @@ def _follow(link: Link, run: RunFolder) -> None:
         while not ended:
             ended = process.poll() is not None
             link.check()
+            with contextlib.suppress(OSError):  # a person may be moving it
+                if (link.kit / "server.crt").read_bytes() != certificate:
+                    raise Died("the server's certificate was replaced.")
             for line in lines.read():
                 last = line if line.startswith(ERROR) else last
-                if line.startswith(("waiting for ", "warning: ", "round ")):  # words to a person
+                if line.startswith(("waiting for ", "warning: ", "round ", "membership ")):  # words to a person
                     bar.write(line)
             bar.update(run.committed()[-1] - done)
             done = run.committed()[-1]
@@ -229,12 +223,3 @@ def _follow(link: Link, run: RunFolder) -> None:
         code = process.returncode
         killed = f"was killed by signal {-code}; out of memory?" if code < 0 else f"ended with {code}."
         raise Died(f"the process of the rounds {killed} See {log}.")
-
-
-def _pem(path: Path) -> str:
-    """Return an OpenSSH public key as SuperLink names a node by it."""
-    try:
-        key = load_ssh_public_key(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path}: is no public key; put the original back.") from error
-    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()

@@ -6,7 +6,6 @@ round that is not yet logged is logged at the next commit, or by the next start 
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from wardround.backbones import save_release
 from wardround.config import FederationConfig
 from wardround.config.privacy import NoPrivacyConfig, SitePrivacyConfig
-from wardround.data import procedural_set, read_labelled
 from wardround.errors import TrackingError
 from wardround.privacy import site_level
 from wardround.privacy.statement import statement
-from wardround.probe.monitor import FEWEST, Monitor
 from wardround.registry.durable import write_file
 from wardround.registry.mlflow_store import Store
 from wardround.registry.versions import versions
 from wardround.report.curves import draw_losses
-from wardround.report.neighbours import draw_neighbours
-from wardround.report.reconstruction import draw_reconstructions
-from wardround.report.tables import WITHHELD
 from wardround.server.run_folder import RunFolder
-from wardround.update import MEASURED
+from wardround.update import MEASURED, WITHHELD, collapsed
+
+# What loads torch, half a gigabyte, is imported where images are drawn or a release is written: rounds need it not.
 
 ALIAS = "candidate"  # what the last committed round is released as
+FEWEST = 8  # images to judge a collapse by: so few may well be alike
 
 
 class Tracking:
@@ -65,6 +61,9 @@ class Tracking:
                 points += [(earlier, figures["loss"])] if figures["loss"] is not None else []
         draw_losses(losses, self.run.path / "losses.png", self.run.config.name)
         if self.images is not None:
+            from wardround.report.neighbours import draw_neighbours
+            from wardround.report.reconstruction import draw_reconstructions
+
             state = self.run.checkpoint(number).state
             title = f"{self.run.config.name}, round {number}"
             drawn = (self.run.config, state, self.images, self._picture(number), title)
@@ -127,6 +126,8 @@ def export(run: RunFolder) -> Path:
 
     Raises ConfigError for batch normalisation without an evaluation set, whose images give its statistics.
     """
+    from wardround.backbones import save_release
+
     number = run.committed()[-1]
     folder = run.path / "release"
     provenance = {
@@ -168,6 +169,8 @@ def evaluation_images(config: FederationConfig) -> NDArray[np.uint8] | None:
     chosen = config.evaluation_set
     if chosen is None:
         return None
+    from wardround.data import procedural_set, read_labelled
+
     if chosen.folder is not None and chosen.kind == "labelled":  # the config sees to it that the folder is named
         return read_labelled(chosen.folder, config.data).images
     return procedural_set(chosen.count, config.seed, config.data).images
@@ -218,14 +221,13 @@ def collapse_lines(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a warning for each site to whose backbone all images have come to look alike, as far as sites tell."""
     lines = []
     for site, declared in sites.items():
-        figures = {field.name: declared[field.name] for field in fields(Monitor)}
-        if None in figures.values():
+        rank, spread = declared["effective_rank"], declared["feature_spread"]
+        if rank is None or spread is None or declared["images"] < FEWEST:
             continue
-        seen = Monitor(**figures)
-        if seen.collapsed and declared["images"] >= FEWEST:
+        if collapsed(rank, spread):
             lines.append(
-                f"warning: site '{site}': features collapse (effective rank {seen.effective_rank:.1f}, spread "
-                f"{seen.feature_spread:.3f}): all images look alike to the backbone. Lower [training] learning_rate, "
+                f"warning: site '{site}': features collapse (effective rank {rank:.1f}, spread "
+                f"{spread:.3f}): all images look alike to the backbone. Lower [training] learning_rate, "
                 "or take norm = 'batch' or a method with negatives (docs/methods.md)."
             )
     return lines
