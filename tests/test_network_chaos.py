@@ -5,9 +5,11 @@ shows that a SuperLink takes our signatures by a wrong clock, and takes a killed
 `benchmarks/chaos.py` breaks networks, disks and processes at random, in network namespaces.
 """
 
+import contextlib
 import os
 import re
 import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -106,7 +108,10 @@ def life(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]
         for process in deployed.running.values():
             process.terminate()
         for process in deployed.running.values():
-            process.wait(30)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
+            process.wait()
 
 
 def through(life: Life) -> None:

@@ -28,20 +28,22 @@ class Checkpoint:
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint: the folder appears whole or not at all."""
-    blocks = {STATE: pack(checkpoint.state, {}), SERVER: pack(checkpoint.server, {})}
-    if checkpoint.step:
-        blocks[STEP] = pack(checkpoint.step, {})
-    manifest = {
-        "format": 1,
-        "round": checkpoint.round,
-        "protocol": checkpoint.protocol,
-        "state": state_hash(checkpoint.state),
-        "files": {name: hashlib.sha256(block).hexdigest() for name, block in blocks.items()},
-        "record": checkpoint.record,
-    }
+    files = {STATE: checkpoint.state, SERVER: checkpoint.server} | ({STEP: checkpoint.step} if checkpoint.step else {})
+    hashes: dict[str, str] = {}
     with new_folder(folder) as aside:
-        for name, block in blocks.items():
+        for name, tensors in files.items():  # one block in memory at a time
+            block = pack(tensors, {})
+            hashes[name] = hashlib.sha256(block).hexdigest()
             write_file(aside / name, block)
+            del block
+        manifest = {
+            "format": 1,
+            "round": checkpoint.round,
+            "protocol": checkpoint.protocol,
+            "state": state_hash(checkpoint.state),
+            "files": hashes,
+            "record": checkpoint.record,
+        }
         write_file(aside / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
 
 

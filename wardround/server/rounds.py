@@ -131,12 +131,17 @@ def publish(kind: Encoding, last: Checkpoint, aim: State, server: State) -> tupl
     """Return the state to commit, the server's tensors with the next residual, and the encoded step to that state.
 
     What is committed is what a site gets that adds the step to the state before. A float32 step would cost
-    as much as the state itself, and none is made.
+    as much as the state itself, and none is made. `aim` is used up, tensor by tensor, as the step takes its place.
     """
     if kind == "float32":
         return aim, server, {}
-    moved = {name: new - last.state[name] for name, new in aim.items()}
-    step, lost = encode(moved, kind, kept(last.server)[0])
+    residual, _ = kept(last.server)
+    step: State = {}
+    lost: State = {}
+    for name in list(aim):
+        coded, beside = encode({name: aim.pop(name) - last.state[name]}, kind, residual)
+        step |= coded
+        lost |= beside
     return stepped(last.state, step, kind), server | keep(lost), step
 
 
