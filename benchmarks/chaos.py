@@ -63,8 +63,7 @@ sites = {{ {sites} }}
 wait_seconds = 240
 """
 PORT = 8500
-OUTAGE = 120.0  # seconds
-PATIENCE = 900.0  # seconds for one round
+OUTAGE, PATIENCE = 120.0, 900.0  # seconds: of a long outage; for one round
 
 
 @dataclass
@@ -279,7 +278,9 @@ def chaos(home: Path, rounds: int, seed: int, count: int, short: bool) -> dict[s
             "left out": missing,
             "seconds": round(seconds),
             "faults": walk.faults,
-            "ended by itself": {each.name: each.ended for each in hosts if each.ended},
+            "ended by itself": {
+                each.name: [line.replace(f"{home}/", "") for line in each.ended] for each in hosts if each.ended
+            },
             "rounds": rounds,
             "committed": len(seen),
             "updates": len(seen) * count,
@@ -383,11 +384,10 @@ def deploy(walk: Walk, config: Path, data: Path) -> None:
 def table(report: dict[str, Any]) -> Table:
     """Return the report as a person reads it."""
     made = Table("what", "count", title=f"Seed {report['seed']}, {report['seconds']} s")
-    kinds = Counter(str(fault["kind"]) for fault in report["faults"])
-    for kind, times in sorted(kinds.items()):
+    for kind, times in sorted(Counter(fault["kind"] for fault in report["faults"]).items()):
         made.add_row(f"injected: {kind}", str(times))
     ended = sum(map(len, report["ended by itself"].values()))
-    made.add_row("commands that ended by themselves and were started again", str(ended))
+    made.add_row("commands that ended by themselves, started again", str(ended))
     made.add_row("rounds committed, each once", f"{report['committed']} of {report['rounds']}")
     made.add_row("updates folded", str(report["updates"]))
     made.add_row("trainings begun", str(report["trainings"]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wardround.client.journal import Journal
-from wardround.errors import BudgetExhausted, PolicyRefusal
+from wardround.errors import BudgetExhausted, PolicyRefusal, WardroundError
 from wardround.update import Declared, State, Update
 
 DECLARED = Declared(steps=1, version="0.1.0", images=3, patients=2, loss=0.25)
@@ -49,6 +49,12 @@ def test_a_round_is_trained_no_oftener_than_the_site_allows(journal: Journal) ->
     with pytest.raises(PolicyRefusal, match="round 1 was trained 2 times already"):
         begin(journal, 1)
     begin(journal, 2)
+
+
+def test_a_full_disk_is_noticed_before_a_training_is_counted(journal: Journal) -> None:
+    journal.check_room(1000)
+    with pytest.raises(WardroundError, match="MB are free, and a round may write 1,152,921,504,607 MB; make room"):
+        journal.check_room(2**60)
 
 
 def test_a_training_that_a_refusal_stopped_is_not_counted(journal: Journal) -> None:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import KILLER, ROOT, TINY, merged, tiny, to_toml
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 
+from wardround import simulate as in_process
 from wardround.errors import DataError
 from wardround.server.run_folder import RunFolder, open_run
 from wardround.simulate import simulate
@@ -153,3 +156,25 @@ def test_the_manifest_of_a_checkpoint_can_be_read_by_a_person(whole: RunFolder) 
         (whole.round(1) / "checkpoint" / "manifest.json").read_text()
     )["state"]  # fmt: skip
     assert (whole.round(2) / "checkpoint" / "state.safetensors").stat().st_mode & 0o077 == 0
+
+
+def test_a_site_that_goes_in_a_round_is_asked_anew_and_counts(
+    whole: RunFolder, data: Path, store: str, tmp_path: Path
+) -> None:
+    """Flower says of a site that has gone that it will not answer, though it comes back and replays what it has."""
+    gone: list[int] = []
+
+    class Going(in_process.InProcessGrid):
+        def _answer(self, message: Message) -> Message:
+            answer = super()._answer(message)
+            if len(gone) < 2:
+                gone.append(message.metadata.dst_node_id)
+                return Message(Error(ErrorCode.NODE_UNAVAILABLE), reply_to=message)
+            return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_process, "InProcessGrid", Going)
+        run = simulate(tiny(**TINY_KEPT), data, tmp_path / "run", store, threads=1)
+    assert gone == [1, 2]
+    assert [run.record(number)["refused"] for number in (1, 2)] == [{}, {}]
+    assert final(run) == final(whole)

@@ -24,6 +24,7 @@ from wardround.update import Refusal, Task, state_hash, withholds
 from wardround.wire import answer_to_records, records_to_task
 
 log = logging.getLogger(__name__)
+_WRITTEN = 8  # times the state: update, moments and residual, and as much on the way there
 app = ClientApp()
 
 # An error's kind decides whether its text may cross: those of images and configs name files of the site.
@@ -89,6 +90,7 @@ def run_task(site: SiteConfig, task: Task) -> bytes | Refusal:
     if memory is None:
         log.warning("site '%s': the site memory of round %d is lost; it starts anew", site.name, task.last_folded)
         memory = {}
+    journal.check_room(_WRITTEN * sum(array.nbytes for array in state.values()))
     with journal.training(task.round):
         private = isinstance(protocol.privacy, UnitPrivacyConfig)
         charged = charge(site, protocol, task) if private else None

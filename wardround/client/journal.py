@@ -49,6 +49,16 @@ class Journal:
         """Return whether a round has a finished update, from whatever state."""
         return round in self._finished()
 
+    def check_room(self, needed: int) -> None:
+        """Raise WardroundError where the disk has fewer free bytes than a round writes: before one is counted."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise WardroundError(
+                f"{self.folder}: {free / 1e6:,.0f} MB are free, and a round may write {needed / 1e6:,.0f} MB; make "
+                "room, and the coordinator asks again."
+            )
+
     @contextmanager
     def training(self, round: int) -> Iterator[None]:
         """Count a training of a round, on disk, before what is inside; take it back where that refuses.

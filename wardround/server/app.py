@@ -10,6 +10,7 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from flwr.app import Context, Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from wardround.server.buffer import fill
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 app = ServerApp()
 
 POLL_SECONDS = 0.2
+# Flower's word for a site that has gone since it was asked, and for an answer that broke off on the way.
+LEFT = {ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE}
 REVOKED = Refusal("revoked", "takes part no more")
 
 
@@ -57,6 +60,7 @@ class Sent(NamedTuple):
     round: int
     site: str
     deadline: float  # of time.monotonic
+    task: Task
 
 
 class Fleet:
@@ -67,6 +71,7 @@ class Fleet:
     ) -> None:
         self.grid, self.key, self.roster = grid, key, roster
         self.out: dict[str, Sent] = {}  # by the message's number
+        self.gone: dict[str, Sent] = {}  # by the site, which is asked anew once it is back, and replays what it has
         self.late: dict[str, Sent] = {}  # those past their deadline
         self.dropped = 0
         self.meet(run)
@@ -108,7 +113,7 @@ class Fleet:
 
     def idle(self) -> list[str]:
         """Return the connected sites that have no task, by name."""
-        return sorted(self.online().keys() - {sent.site for sent in self.out.values()})
+        return sorted(self.online().keys() - {sent.site for sent in self.out.values()} - self.gone.keys())
 
     def send(self, tasks: Mapping[str, Task]) -> None:
         """Send each site its task, as far as it is connected."""
@@ -118,22 +123,33 @@ class Fleet:
 
     def busy(self) -> bool:
         """Return whether an answer is still waited for."""
-        return bool(self.out)
+        return bool(self.out or self.gone)
 
     def receive(self) -> tuple[str, bytes | Refusal] | None:
         """Return the next answer, or None where none has come for a moment; who is silent too long is refused."""
         self.drop_late()
-        for site in self.revoked(sent.site for sent in self.out.values()):
+        for site in self.revoked([*self.gone, *(sent.site for sent in self.out.values())]):
+            self.gone.pop(site, None)
             self.out = {message_id: sent for message_id, sent in self.out.items() if sent.site != site}
             return site, REVOKED
         # One at a time, so that no more than one update is in memory.
-        for message_id, sent in sorted(self.out.items(), key=lambda item: item[1]):
+        for message_id, sent in sorted(self.out.items(), key=lambda item: item[1][:3]):
             for reply in self.grid.pull_messages([message_id]):
                 del self.out[message_id]
+                if reply.has_error() and reply.error.code in LEFT:
+                    self.gone[sent.site] = sent
+                    break
                 return sent.site, message_to_answer(reply, sent.site, str(sent.round), self.keys[sent.site])
-            if time.monotonic() > sent.deadline:
+            if message_id in self.out and time.monotonic() > sent.deadline:
                 self.late[message_id] = self.out.pop(message_id)
                 return sent.site, Refusal("silent", f"sent nothing for {self.deadline:.0f} s")
+        for site, sent in sorted(self.gone.items()):
+            if time.monotonic() > sent.deadline:
+                del self.gone[site]
+                return site, Refusal("silent", f"went, and was not back for {self.deadline:.0f} s")
+            if node := self.online().get(site):
+                del self.gone[site]
+                self._push({site: sent.task}, {site: node}, sent.deadline)
         time.sleep(POLL_SECONDS)
         return None
 
@@ -173,7 +189,7 @@ class Fleet:
         nodes = {node.public_key: node.node_id for node in self.grid.get_nodes()}
         return {self.sites[key]: node for key, node in nodes.items() if key in self.sites}
 
-    def _push(self, tasks: Mapping[str, Task], nodes: Mapping[str, int]) -> None:
+    def _push(self, tasks: Mapping[str, Task], nodes: Mapping[str, int], deadline: float | None = None) -> None:
         messages = [
             Message(
                 task_to_records(tasks[site], site, self.key),
@@ -183,8 +199,8 @@ class Fleet:
             )
             for site, node in nodes.items()
         ]
-        deadline = time.monotonic() + self.deadline
-        sent = [Sent(tasks[site].round, site, deadline) for site in nodes]
+        deadline = deadline or time.monotonic() + self.deadline
+        sent = [Sent(tasks[site].round, site, deadline, tasks[site]) for site in nodes]
         self.out |= zip(self.grid.push_messages(messages), sent, strict=True)
 
 
