@@ -14,7 +14,6 @@ is no firewall and no loss; without the right to mount, no disk is filled. `--sh
 
 import argparse
 import contextlib
-import csv
 import json
 import random
 import shutil
@@ -27,11 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hosts import Host, Lost, cannot, host, network, run
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from round import write_images
 from views import machine
 
 from wardround.config import FederationConfig, read_toml
@@ -251,7 +249,7 @@ def chaos(home: Path, rounds: int, seed: int, count: int, short: bool) -> dict[s
     names = list(NAMES[:count])
     config = home / "chaos.toml"
     config.write_text(CONFIG.format(rounds=rounds, sites=", ".join(f"{name} = 1.0" for name in names)))
-    data = write_images(home / "data", names)
+    data = write_images(home / "data", names, 6)
     expected = undisturbed(home, config, data)
     with contextlib.ExitStack() as stack:
         hosts = [stack.enter_context(host(home, number, name)) for number, name in enumerate(["coordinator", *names])]
@@ -349,20 +347,6 @@ def undisturbed(home: Path, config: Path, data: Path) -> dict[int, str]:
     )
     found = open_run(out)
     return {number: state_hash(found.checkpoint(number).state) for number in found.committed()}
-
-
-def write_images(folder: Path, sites: list[str]) -> Path:
-    """Write a labelled folder of six random images a site."""
-    (folder / "images").mkdir(parents=True)
-    draw, rows = np.random.default_rng(0), [("file", "label", "patient", "site", "split")]
-    for site in sites:
-        for number in range(6):
-            name = f"images/{site}{number}.png"
-            Image.fromarray(draw.integers(0, 256, (32, 32), np.uint8)).save(folder / name)
-            rows.append((name, "a", f"{site}{number}", site, "train"))
-    with (folder / "labels.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return folder
 
 
 def deploy(walk: Walk, config: Path, data: Path) -> None:

@@ -92,7 +92,7 @@ def from_cache(found: SiteImages, repeats: int) -> dict[str, object]:
     recipe = read_toml(ROOT / "federation_configs" / "demo.toml", FederationConfig)
     method = build(recipe)
     engine = Plain(method, found.images, recipe, "benchmark")
-    pretrain(method, engine, recipe.training, 0, 1, {}, "warming up")
+    pretrain(method, engine, 0, 1, {}, "warming up")
 
     def gather() -> None:
         for _ in range(200):
@@ -102,9 +102,7 @@ def from_cache(found: SiteImages, repeats: int) -> dict[str, object]:
     fed, eaten = [], []
     for _ in range(repeats):
         fed.append(rate(gather, 200 * BATCH))
-        eaten.append(
-            rate(lambda: pretrain(method, engine, recipe.training, 0, 4, {}, "step"), 4 * recipe.training.batch_size)
-        )
+        eaten.append(rate(lambda: pretrain(method, engine, 0, 4, {}, "step"), 4 * recipe.training.batch_size))
     ratios = [a / b for a, b in zip(fed, eaten, strict=True)]
     return {"cache": spread(fed), "training": spread(eaten), "cache_to_training": spread(ratios)}
 

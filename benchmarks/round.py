@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,7 @@ def fedavg(state: dict[str, np.ndarray], size: float) -> Cost:
         times = home / "times.json"
         values = f'state="{home / "state.safetensors"}" rounds={ROUNDS} times="{times}"'
         app = Path(__file__).parent / "flower_fedavg"
+        # SuperLink is up by then; FedAvg itself waits for the three sites.
         starter = threading.Timer(15.0, submit, (home, command("flwr", "run", app, "bench", "--run-config", values)))
         starter.start()
         found = watch(programs, home, environment_of(home), lambda: len(read_times(times)) == ROUNDS + 1)
@@ -268,13 +270,13 @@ def inline(value: object) -> str:
     return json.dumps(value)
 
 
-def write_images(folder: Path) -> Path:
-    """Write a labelled folder of four random images a site."""
+def write_images(folder: Path, sites: Sequence[str] = SITES, count: int = 4) -> Path:
+    """Write a labelled folder of so many random images a site."""
     (folder / "images").mkdir(parents=True)
     draw = np.random.default_rng(0)
     rows = [("file", "label", "patient", "site", "split")]
-    for site in SITES:
-        for number in range(4):
+    for site in sites:
+        for number in range(count):
             name = f"images/{site}{number}.png"
             Image.fromarray(draw.integers(0, 256, (32, 32), np.uint8)).save(folder / name)
             rows.append((name, "a", f"{site}{number}", site, "train"))

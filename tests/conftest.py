@@ -1,7 +1,9 @@
 """What tests share: a tiny federation, and the real images where they lie beside the checkout."""
 
+import contextlib
 import csv
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,17 @@ def write_labelled(
     with (folder / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("file", "label", "patient", "site", "split"), *rows])
     return folder
+
+
+def end_all(processes: Collection[subprocess.Popen[Any]], seconds: float = 30) -> None:
+    """End processes as Ctrl-C would, all at once, and kill those that stay."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture

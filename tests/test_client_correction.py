@@ -129,7 +129,7 @@ def test_scaffolds_variate_is_the_mean_gradient_of_the_round_weighted_by_the_sch
     def note(method: methods.Method) -> None:
         seen.append({name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None})
 
-    pretrain(method, engine, config.training, 3, 3, {}, "x", note)  # round 2
+    pretrain(method, engine, 3, 3, {}, "x", note)  # round 2
     own, beside = finish(config.training, 2, incoming, {}, {}, methods.get_state(method))
     rates = [learning_rate(config.training, step) for step in (3, 4, 5)]
     assert rates[0] > 2 * rates[2]
@@ -184,7 +184,7 @@ def test_sgd_cut_in_two_ends_bit_equal(momentum: float) -> None:
             method = methods.build(config)
             methods.set_state(method, state)
             engine = Plain(method, IMAGES, config, "lyon")
-            moments = pretrain(method, engine, config.training, first, steps, moments, "x").moments
+            moments = pretrain(method, engine, first, steps, moments, "x").moments
             state = methods.get_state(method)
         assert {name.partition(".")[0] for name in moments} == ({"momentum_buffer"} if momentum else set())
         return state_hash(state)

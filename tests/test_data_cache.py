@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from data_objects import SMALL, site_over, some_pixels, write_dicom
 from wardround.config import SiteConfig
 from wardround.config.federation import CriteriaConfig, DataConfig
 from wardround.data import SiteImages, open_site
+from wardround.data.patients import read_salt
 from wardround.errors import DataError
 
 PATIENTS = ("anna", "ben", "cleo")
@@ -273,6 +275,14 @@ def test_two_processes_at_once_index_one_after_the_other(site: SiteConfig) -> No
     for thread in threads:
         thread.join()
     assert_same(*found)
+
+
+def test_writers_with_one_process_number_agree_on_the_salt(tmp_path: Path) -> None:
+    """Two containers over one work folder are both process 1."""
+    for number in range(20):
+        with ThreadPoolExecutor(8) as writers:
+            assert len(set(writers.map(read_salt, [tmp_path / str(number)] * 8))) == 1
+        assert [path.name for path in (tmp_path / str(number)).iterdir()] == ["patients.salt"]
 
 
 def test_images_stay_readable_while_the_next_index_replaces_them(site: SiteConfig, folder: Path) -> None:

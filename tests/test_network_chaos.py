@@ -5,11 +5,9 @@ shows that a SuperLink takes our signatures by a wrong clock, and takes a killed
 `benchmarks/chaos.py` breaks networks, disks and processes at random, in network namespaces.
 """
 
-import contextlib
 import os
 import re
 import ssl
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY, merged, to_toml, write_labelled
+from conftest import TINY, end_all, merged, to_toml, write_labelled
 from test_network_smoke import Deployment, fill_in, final
 
 from wardround.config import FederationConfig, read_toml
@@ -105,13 +103,7 @@ def life(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]
         through(life)
         yield life
     finally:
-        for process in deployed.running.values():
-            process.terminate()
-        for process in deployed.running.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            process.kill()
-            process.wait()
+        end_all(deployed.running.values())
 
 
 def through(life: Life) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, TINY, merged, to_toml, write_labelled
+from conftest import ROOT, TINY, end_all, merged, to_toml, write_labelled
 
 from wardround.config import FederationConfig, read_toml
 from wardround.plan import resolve
@@ -107,13 +107,7 @@ def deployment(folder: Path, data: Path) -> Iterator[Deployment]:
     try:
         yield deployed
     finally:
-        for process in deployed.running.values():
-            process.terminate()
-        for process in deployed.running.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            process.kill()
-            process.wait()
+        end_all(deployed.running.values())
 
 
 def fill_in(path: Path, data: Path, digest: str) -> None:

@@ -3,7 +3,6 @@
 Only a real SuperLink shows that it admits and cuts off keys while it runs, and that no other site notices.
 """
 
-import contextlib
 import ssl
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, merged, to_toml, write_labelled
+from conftest import ROOT, TINY, end_all, merged, to_toml, write_labelled
 
 from wardround.config import FederationConfig, read_toml
 from wardround.plan import resolve
@@ -115,13 +114,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     try:
         yield federation
     finally:
-        for process in federation.running.values():
-            process.terminate()
-        for process in federation.running.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            process.kill()
-            process.wait()
+        end_all(federation.running.values())
 
 
 def test_a_site_joins_between_rounds_is_revoked_at_once_and_comes_back_with_a_new_key(federation: Federation) -> None:

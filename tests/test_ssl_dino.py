@@ -186,7 +186,7 @@ def test_a_run_that_is_cut_and_carried_over_ends_in_the_same_bits(centre: str) -
     pixels = (images(built(), 6) * 255).byte().numpy()
 
     def train(made: methods.Method, first: int, steps: int, moments: dict[str, Any]) -> dict[str, Any]:
-        return pretrain(made, Plain(made, pixels, config, "lyon"), config.training, first, steps, moments, "x").moments
+        return pretrain(made, Plain(made, pixels, config, "lyon"), first, steps, moments, "x").moments
 
     whole, first, second = (methods.build(config) for _ in range(3))
     train(whole, 0, 4, {})

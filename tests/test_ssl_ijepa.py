@@ -245,7 +245,7 @@ def test_a_run_that_is_cut_and_carried_over_ends_in_the_same_bits() -> None:
 
     def train(method: methods.Method, first: int, steps: int, moments: dict[str, Any]) -> dict[str, Any]:
         engine = Plain(method, pixels, config, "lyon")
-        return pretrain(method, engine, config.training, first, steps, moments, "x").moments
+        return pretrain(method, engine, first, steps, moments, "x").moments
 
     whole, first, second = (methods.build(config) for _ in range(3))
     train(whole, 0, 4, {})

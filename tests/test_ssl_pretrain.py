@@ -22,9 +22,7 @@ def train(config: FederationConfig, spans: list[tuple[int, int]]) -> tuple[State
     for first, steps in spans:
         method = methods.build(config)
         methods.set_state(method, state)
-        done: Trained = pretrain(
-            method, Plain(method, IMAGES, config, "lyon"), config.training, first, steps, moments, "x"
-        )
+        done: Trained = pretrain(method, Plain(method, IMAGES, config, "lyon"), first, steps, moments, "x")
         state, moments = methods.get_state(method), done.moments
         losses += done.losses
     return state, losses
@@ -81,7 +79,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step() -> None:
     with torch.no_grad():
         method.head.pixels.weight.mul_(1e30)
     with pytest.raises(UpdateError, match=r"site 'lyon', round 1: the loss is (nan|inf) at local step 1 of 40\. Lower"):
-        pretrain(method, Plain(method, IMAGES, config, "lyon"), config.training, 0, 40, {}, "site 'lyon', round 1")
+        pretrain(method, Plain(method, IMAGES, config, "lyon"), 0, 40, {}, "site 'lyon', round 1")
 
 
 def test_the_joint_gradient_is_clipped() -> None:

@@ -177,9 +177,9 @@ def cost(plan: Plan, steps: int = 3) -> Cost:
         everyone = Mechanism(rate=1.0, noise=1.0, steps=1)  # as many units as are expected of a step
         fabric = open_fabric(Machine(), recipe.training.precision)
         engine = Private(method, images, np.arange(len(images), dtype=np.int32), recipe, everyone, fabric)
-    pretrain(method, engine, recipe.training, 0, 1, {}, "check")
+    pretrain(method, engine, 0, 1, {}, "check")
     started = time.perf_counter()
-    pretrain(method, engine, recipe.training, 0, steps, {}, "check")
+    pretrain(method, engine, 0, steps, {}, "check")
     seconds = (time.perf_counter() - started) / steps
     sizes = {part: sum(a.size for n, a in plan.state.items() if n.startswith(part)) for part in ("backbone", "head")}
     state_bytes = sum(array.nbytes for array in plan.state.values())

@@ -151,7 +151,7 @@ def train(fabric: "Fabric", job: Job) -> Done:
 
     label = f"site '{job.site}', round {job.round}"
     correct = correction.gradient_term(training.correction, incoming, server, own, fabric.device)
-    trained = pretrain(method, engine, training, first, left, begun.moments, label, correct, remember)
+    trained = pretrain(method, engine, first, left, begun.moments, label, correct, remember)
     state = methods.get_state(method)
     own, beside = correction.finish(training, job.round, incoming, server, own, state)
     memory = join(trained.moments, methods.get_site_tensors(method), own, training)

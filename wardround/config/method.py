@@ -55,7 +55,8 @@ class SimCLRConfig(Strict):
     negatives: Literal["batch", "public"] = Field(
         default="batch",
         description="batch: the other images of the batch, which couples patients. public: a bank of procedural "
-        "images encoded by the current network, so that each image's loss stands alone.",
+        "images encoded by the current network, so that each image's loss stands alone; seen to collapse "
+        "(docs/methods.md).",
     )
     bank_size: int = Field(default=256, ge=8, le=65_536, description="public: images in the bank.")
     bank_draw: int = Field(

@@ -4,7 +4,9 @@ import hashlib
 import hmac
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from wardround.errors import DataError
@@ -17,15 +19,12 @@ def read_salt(work: Path) -> bytes:
     path = work / "patients.salt"
     work.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
-        aside = path.with_suffix(f".{os.getpid()}")
-        aside.touch(mode=0o600)
-        aside.write_bytes(secrets.token_bytes(_SALT_BYTES))
-        try:
-            os.link(aside, path)  # atomic, and fails where another process was first
-        except FileExistsError:
-            pass
-        finally:
-            aside.unlink()
+        # A process number would not tell two writers apart: in two containers both are number 1.
+        with tempfile.NamedTemporaryFile(dir=work, prefix="patients.salt.") as aside:
+            aside.write(secrets.token_bytes(_SALT_BYTES))
+            aside.flush()
+            with suppress(FileExistsError):
+                os.link(aside.name, path)  # atomic, and fails where another writer was first
     salt = path.read_bytes()
     if len(salt) != _SALT_BYTES:
         raise DataError(

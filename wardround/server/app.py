@@ -72,7 +72,7 @@ class Fleet:
         self.grid, self.key, self.roster = grid, key, roster
         self.out: dict[str, Sent] = {}  # by the message's number
         self.gone: dict[str, Sent] = {}  # by the site, which is asked anew once it is back, and replays what it has
-        self.late: dict[str, Sent] = {}  # those past their deadline
+        self.late: dict[str, tuple[str, int]] = {}  # site and round of those past their deadline, without the state
         self.dropped = 0
         self.meet(run)
 
@@ -141,29 +141,31 @@ class Fleet:
                     break
                 return sent.site, message_to_answer(reply, sent.site, str(sent.round), self.keys[sent.site])
             if message_id in self.out and time.monotonic() > sent.deadline:
-                self.late[message_id] = self.out.pop(message_id)
+                del self.out[message_id]
+                self.late[message_id] = (sent.site, sent.round)
                 return sent.site, Refusal("silent", f"sent nothing for {self.deadline:.0f} s")
+        online = self.online() if self.gone else {}
         for site, sent in sorted(self.gone.items()):
             if time.monotonic() > sent.deadline:
                 del self.gone[site]
                 return site, Refusal("silent", f"went, and was not back for {self.deadline:.0f} s")
-            if node := self.online().get(site):
+            if site in online:
                 del self.gone[site]
-                self._push({site: sent.task}, {site: node}, sent.deadline)
+                self._push({site: sent.task}, {site: online[site]}, sent.deadline)
         time.sleep(POLL_SECONDS)
         return None
 
     def drop_late(self) -> None:
         """Take what has come for rounds that are over, so that it lies nowhere, and say so."""
-        for message_id, sent in list(self.late.items()):
+        for message_id, (site, number) in list(self.late.items()):
             for _ in self.grid.pull_messages([message_id]):
                 del self.late[message_id]
                 self.dropped += 1
                 log.warning(
                     "warning: site '%s': its answer to round %d came after the round was over and is dropped "
                     "(%d so far); raise [membership] round_seconds where that happens often",
-                    sent.site,
-                    sent.round,
+                    site,
+                    number,
                     self.dropped,
                 )
 

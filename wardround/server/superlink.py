@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,7 +49,10 @@ def coordinate(config: Path, kit: Path, out: Path, port: int, tracking: str, hos
     """
     # In a process that ends: torch and timm take a gigabyte. Ctrl-C is this one's to hear.
     with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as planner:
-        planner.submit(prepare, config, kit, out, tracking).result()
+        try:
+            planner.submit(prepare, config, kit, out, tracking).result()
+        except BrokenProcessPool as error:
+            raise WardroundError(f"{config}: its planning was killed; out of memory? Start again with more.") from error
     serve(open_run(out), kit, port, host)
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wardround.config.federation import TrainingConfig
 from wardround.errors import UpdateError
 from wardround.ssl.method import Method
 from wardround.ssl.optimiser import get_moments, learning_rate, local_optimiser, set_moments, set_rate
@@ -46,7 +45,6 @@ class Trained:
 def pretrain(
     method: Method,
     engine: Engine,
-    training: TrainingConfig,
     first_step: int,
     steps: int,
     moments: State,
@@ -61,6 +59,7 @@ def pretrain(
     use weights and what came in, never images. `keep` is called about once a minute with what is trained so far,
     beside the module, so that it can be gone on from. Raises UpdateError at the first step whose loss is not finite.
     """
+    training = method.recipe.training
     method.train()
     optimiser = local_optimiser(method, training)
     set_moments(method, optimiser, moments)
