@@ -96,7 +96,7 @@ def one_round(rule: str, count: int, pipe: Any) -> None:
         del state
         declared = Declared(
             steps=1, version="0", images=4, patients=4, loss_first=1.0, loss=1.0, seconds=0.0,
-            effective_rank=9.0, feature_spread=0.8, alignment=0.2, uniformity=2.0,
+            effective_rank=9.0, feature_spread=0.8, alignment=0.2, uniformity=2.0, drift="none",
         )  # fmt: skip
 
         def ask(tasks: Mapping[str, Task]) -> Iterator[tuple[str, bytes | Refusal]]:

@@ -5,7 +5,7 @@ leaf layer that only adds its parameter, the position table is a constant, and t
 `nn.LayerNorm` (timm's own subclass escapes Opacus's samplers, which match on the exact type).
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,7 @@ def check_patch(patch: int, data: DataConfig) -> None:
         )
 
 
+@lru_cache  # asked at every build, and a whole network each time
 def _own_patch_size(name: str) -> int:
     """Return the edge of the patches that an architecture has in timm."""
     with torch.device("meta"):
