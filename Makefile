@@ -3,8 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+COMPOSE := docker/compose.coordinator.yaml wardround/provision/templates/compose.yaml
+PROFILES := --profile cpu --profile gpu --profile sqlite --profile postgresql
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' wardround/__init__.py)
+ENGINE ?= $(notdir $(firstword $(shell command -v podman docker)))
+ARCHIVE = wardround-site-$(VERSION).tar.gz
 
-.PHONY: demo test test-fast lint docs matrix audit setup lock clean
+.PHONY: demo test test-fast lint docs matrix audit images containers image-archive setup lock clean
 
 demo: setup
 	$(BIN)/wardround demo
@@ -21,6 +26,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec $(COMPOSE)
+	for file in $(COMPOSE); do \
+	  COORDINATOR=. $(BIN)/podman-compose --dry-run $(PROFILES) --file $$file config > /dev/null || exit; done
 
 docs: setup
 	$(BIN)/python docs/make_reference.py
@@ -32,6 +41,22 @@ matrix: setup
 # What one private run gives away, beside what it claims; a minute. Nightly: the audits of every change are in tests/.
 audit: setup
 	$(BIN)/python benchmarks/audit.py --out benchmarks/results/$$(date +%F)-audit.json
+
+# Two images on one base, 7 GB together. BUILD takes what else the engine is told, such as --build-arg BASE_IMAGE=...
+images:
+	for target in site coordinator; do BUILDAH_FORMAT=docker $(ENGINE) build $(BUILD) --file docker/Dockerfile \
+	  --target $$target --tag localhost/wardround-$$target:$(VERSION) . || exit; done
+
+# Builds them and runs a federation of containers, looked at from inside; a quarter of an hour. No part of `make test`.
+containers: setup
+	WARDROUND_CONTAINERS=1 $(BIN)/python -m pytest -s tests/test_docker.py
+
+# A site's image as one file for hospitals without a registry, its checksum, signed: make image-archive KITS=kits
+image-archive:
+	mkdir -p dist
+	bash -o pipefail -c '$(ENGINE) save localhost/wardround-site:$(VERSION) | gzip -1 > dist/$(ARCHIVE)'
+	cd dist && sha256sum $(ARCHIVE) > $(ARCHIVE).sha256
+	openssl dgst -sha384 -sign $(KITS)/coordinator/signing.key -out dist/$(ARCHIVE).sha256.sig dist/$(ARCHIVE).sha256
 
 setup: $(READY)
 

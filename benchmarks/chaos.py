@@ -359,7 +359,7 @@ def deploy(walk: Walk, config: Path, data: Path) -> None:
         text = path.read_text().replace("approved = []", f"approved = [{json.dumps(digest)}]")
         images = f'[images]\nfolder = {json.dumps(str(data))}\nkind = "labelled"\nsite = "{site.name}"\n'
         text = text.replace("[images]\n", images, 1).replace("threads = 0", "threads = 1")
-        path.write_text("max_trainings_per_round = 10\n" + text)
+        path.write_text("max_trainings_per_round = 10\n" + text + "\n[minimum]\nimages = 1\nbatch_size = 2\n")
         site.command = [*WARDROUND, "site", "run", str(path)]
     options = ["--kit", kits / "coordinator", "--out", walk.run, "--port", PORT, "--host", walk.coordinator.address]
     walk.coordinator.command = [*WARDROUND, "coordinate", str(config), *map(str, options)]

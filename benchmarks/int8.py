@@ -1,6 +1,6 @@
 """What int8 on the wire costs the backbone: a paired difference of probes over seeds.
 
-    python benchmarks/encodings.py --data shared/data/malaria_cells [--seeds 3] [--out runs/encodings] [--json FILE]
+    python benchmarks/int8.py --data shared/data/malaria_cells [--seeds 3] [--out runs/int8] [--json FILE]
 
 malaria_mae.toml over its five sites with a tenth of the passes (12 rounds of 8 steps, batches of 32), so that it takes
 minutes a run; the numbers cross both ways as the config says. Int8 starts from the same weights and meets the
@@ -36,7 +36,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", type=Path, required=True)
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--out", type=Path, default=Path("runs/encodings"))
+    options.add_argument("--out", type=Path, default=Path("runs/int8"))
     options.add_argument("--json", type=Path)
     given = options.parse_args()
     rows = [measure(seed, kind, given.data, given.out) for seed in range(1, given.seeds + 1) for kind in ENCODINGS]

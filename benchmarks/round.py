@@ -50,13 +50,14 @@ FEDAVG = "Flower FedAvg"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a round took; memory is the largest of the whole run, summed over processes."""
+    """What a round took; memory is the most at a time, of all processes together, what they share counted once."""
 
     wall: float  # seconds
     cpu: float  # seconds
     bytes: float  # of arrays that crossed
-    server: float  # bytes of memory on the coordinator's side
-    memory: float  # bytes of memory of all
+    server: float  # bytes of memory on the coordinator's side, in these rounds
+    memory: float  # bytes of memory of all, in these rounds
+    start: float  # bytes of memory on the coordinator's side before them; ours plans in a process that loads torch
 
 
 def main() -> None:
@@ -91,16 +92,16 @@ def measure(name: str) -> dict[str, Cost]:
 def table(results: dict[str, dict[str, dict[str, float]]]) -> Table:
     """Return the costs, and beside each how many times those of FedAvg they are."""
     made = Table(title="One round of three sites, beside training; in brackets against Flower's FedAvg")
-    for column in ("backbone", "way", "wall s", "CPU s", "MB that cross", "server MB", "all MB"):
+    for column in ("backbone", "way", "wall s", "CPU s", "MB that cross", "server MB", "all MB", "server MB before"):
         made.add_column(column, justify="left" if column in ("backbone", "way") else "right")
     for name, costs in results.items():
         for way, cost in costs.items():
             ratios = {
                 key: f"({value / costs[FEDAVG][key]:.2f})" if costs[FEDAVG][key] else "" for key, value in cost.items()
             }
-            mega = {key: f"{cost[key] / 1e6:,.0f} {ratios[key]}" for key in ("bytes", "server", "memory")}
+            mega = {key: f"{cost[key] / 1e6:,.0f} {ratios[key]}" for key in ("bytes", "server", "memory", "start")}
             times = [f"{cost[key]:.2f} {ratios[key]}" for key in ("wall", "cpu")]
-            made.add_row(name, way, *times, mega["bytes"], mega["server"], mega["memory"])
+            made.add_row(name, way, *times, mega["bytes"], mega["server"], mega["memory"], mega["start"])
         made.add_section()
     return made
 
@@ -145,7 +146,8 @@ def deployed(config: FederationConfig) -> Cost:
             own = home / "kits" / site / "site.toml"
             text = own.read_text().replace("approved = []", f"approved = [{json.dumps(resolve(config).digest)}]")
             images = f'[images]\nfolder = {json.dumps(str(data))}\nkind = "labelled"\nsite = "{site}"\n'
-            own.write_text(text.replace("[images]\n", images, 1).replace("threads = 0", "threads = 1"))
+            least = "\n[minimum]\nimages = 1\nlocal_steps = 1\nbatch_size = 2\n"
+            own.write_text(text.replace("[images]\n", images, 1).replace("threads = 0", "threads = 1") + least)
             programs[site] = [*WARDROUND, "site", "run", str(own)]
         return cost_of(home, programs)
 
@@ -175,7 +177,12 @@ def a_round(found: Watched, times: list[float], crossed: float, trained: float, 
     cpu = found.cpu_at(times[1]) - found.cpu_at(times[0])
     wall = times[1] - times[0]
     return Cost(
-        (wall - trained) / rounds, (cpu - cpu_trained) / rounds, crossed / rounds, found.memory["server"], found.total
+        wall=(wall - trained) / rounds,
+        cpu=(cpu - cpu_trained) / rounds,
+        bytes=crossed / rounds,
+        server=found.peak(*times, "server"),
+        memory=found.peak(*times),
+        start=found.peak(0.0, times[0], "server"),
     )
 
 
@@ -226,7 +233,7 @@ def copy_floor(size: int) -> Cost:
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(6):
         np.copyto(target, source)
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu, size, 0.0, size / 3)
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu, size, 0.0, size / 3, 0.0)
 
 
 def tcp_floor(size: int) -> Cost:
@@ -247,7 +254,7 @@ def tcp_floor(size: int) -> Cost:
             for _ in range(6):
                 connection.sendall(block)
         reader.join()
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu, size, 0.0, size / 6)
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu, size, 0.0, size / 6, 0.0)
 
 
 def write_config(home: Path, config: FederationConfig) -> Path:

@@ -1,5 +1,6 @@
 """What the processes of a benchmark take, sampled while they run."""
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import psutil
 
 EVERY = 0.1  # seconds
+WEIGHED = 3  # memory is read at every third look: it takes milliseconds a process
 LIMIT = 900.0  # seconds
 
 
@@ -17,12 +19,17 @@ class Watched:
     """Samples of some programs and all that they start."""
 
     cpu: list[tuple[float, float]] = field(default_factory=list)  # (Unix time, CPU seconds until then)
-    memory: dict[str, float] = field(default_factory=dict)  # program -> the largest sum of its family's RSS, bytes
-    total: float = 0.0  # the largest sum over all families, bytes
+    # (Unix time, program -> bytes of its family; what processes share, as libraries, is counted once: Linux's PSS)
+    memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
 
     def cpu_at(self, moment: float) -> float:
         """Return the CPU seconds that all had taken at a Unix time."""
         return next((seconds for at, seconds in self.cpu if at >= moment), self.cpu[-1][1])
+
+    def peak(self, start: float, end: float, program: str | None = None) -> float:
+        """Return the most bytes that a program's family, or all together, had between two Unix times."""
+        found = [sizes for at, sizes in self.memory if start <= at <= end]
+        return max(sizes[program] if program else sum(sizes.values()) for sizes in found)
 
 
 def watch(programs: dict[str, list[str]], folder: Path, env: dict[str, str], over: Callable[[], bool]) -> Watched:
@@ -39,22 +46,19 @@ def watch(programs: dict[str, list[str]], folder: Path, env: dict[str, str], ove
             running[name] = psutil.Popen(program, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         while not over():
-            together = 0.0
+            sizes = dict.fromkeys(running, 0.0)
+            weighs = len(found.cpu) % WEIGHED == 0
             for name, parent in running.items():
-                size = 0.0
                 for process in family(parent):
-                    try:
-                        size += process.memory_info().rss
+                    with contextlib.suppress(psutil.Error):  # it ended between two calls
                         times = process.cpu_times()
-                    except psutil.Error:  # it ended between the two calls
-                        continue
-                    seen[process.pid] = times.user + times.system
-                found.memory[name] = max(found.memory.get(name, 0.0), size)
-                together += size
+                        seen[process.pid] = times.user + times.system
+                        sizes[name] += process.memory_full_info().pss if weighs else 0.0
                 if parent.poll():
                     raise SystemExit(last_words(folder / f"{name}.log"))
-            found.total = max(found.total, together)
             found.cpu.append((time.time(), sum(seen.values())))
+            if weighs:
+                found.memory.append((time.time(), sizes))
             if time.monotonic() > deadline:
                 raise SystemExit("\n".join(last_words(log) for log in sorted(folder.glob("*.log"))))
             time.sleep(EVERY)

@@ -15,7 +15,8 @@ from wardround.update import Declared, Refusal, Task, Update, layout, state_hash
 
 SITES = ("lyon", "oslo", "wien")
 MONITOR = {"effective_rank": 9.0, "feature_spread": 0.8, "alignment": 0.2, "uniformity": 2.0}
-DECLARED = Declared(images=10, patients=5, steps=3, loss_first=1.0, loss=0.5, seconds=0.1, version="0.1.0", **MONITOR)
+MEASURED = {"images": 10, "patients": 5, "loss_first": 1.0, "loss": 0.5, "seconds": 0.1, "drift": "none", **MONITOR}
+DECLARED = Declared(steps=3, version="0.1.0", **MEASURED)
 
 
 class Cut(BaseException):

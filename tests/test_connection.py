@@ -154,8 +154,8 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def to(fleet: Scripted, kits: Path, last: int | None = None) -> Iterator[connection.SiteConnection]:
-    """Give a site's connection to a scripted service."""
+def serving(fleet: Scripted, kits: Path) -> Iterator[int]:
+    """Give the port of a scripted service."""
     port, kit = free_port(), kits / "coordinator"
     app = Starlette(routes=[Route("/v1/fleet/{name}", fleet.answer, methods=["POST"])])
     files = {"ssl_certfile": kit / "server.crt", "ssl_keyfile": str(kit / "server.key")}
@@ -165,14 +165,23 @@ def to(fleet: Scripted, kits: Path, last: int | None = None) -> Iterator[connect
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
-    key = load_ssh_private_key((kits / "lyon" / "site.key").read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
     try:
-        with connection.connected(f"localhost:{port}", (kit / "ca.crt").read_bytes(), key, last) as made:
-            yield made
+        yield port
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def to(
+    fleet: Scripted, kits: Path, last: int | None = None, pulse: Path | None = None
+) -> Iterator[connection.SiteConnection]:
+    """Give a site's connection to a scripted service."""
+    key = load_ssh_private_key((kits / "lyon" / "site.key").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    ca = (kits / "coordinator" / "ca.crt").read_bytes()
+    with serving(fleet, kits) as port, connection.connected(f"localhost:{port}", ca, key, last, pulse=pulse) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -223,6 +232,18 @@ def test_a_heart_beats_on_after_a_server_that_could_not_write(kits: Path, monkey
         while fleet.asked.count("send-node-heartbeat") < 2:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_only_a_beat_that_was_heard_leaves_its_time(kits: Path, tmp_path: Path) -> None:
+    """A container's health check reads it."""
+    fleet, pulse = Scripted(), tmp_path / "beat"
+    fleet.script["send-node-heartbeat"] = [Response(status_code=500)] * 3
+    with to(fleet, kits, pulse=pulse) as made:
+        assert not made.beat()
+        assert not pulse.exists()
+        while not made.beat():  # the heart of its own has taken one or the other refusal
+            pass
+        assert abs(pulse.stat().st_mtime - time.time()) < 5
 
 
 def test_a_poll_whose_answer_may_be_lost_makes_the_site_hang_up_and_come_back(kits: Path) -> None:

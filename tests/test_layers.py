@@ -20,6 +20,8 @@ DOORS = {
     "einops": {"backbones/"},
     "lightning_fabric": {"ssl/devices.py", "ssl/engine.py", "client/local_round.py", "privacy/engine.py"},
     "sklearn": {"probe/"},
+    "prometheus_client": {"server/metrics.py"},
+    "requests": {"registry/mlflow_store.py", "data/dicomweb_server.py"},
     "matplotlib": {"report/"},
 }
 

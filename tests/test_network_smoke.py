@@ -29,7 +29,7 @@ from wardround.update import state_hash
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 
-SITES = {"lyon": 20, "oslo": 30, "pisa": 10}
+SITES = {"lyon": 20, "oslo": 30, "pisa": 20}
 CHANGES = {"training": {"optimiser_state": "kept"}, "membership": {"sites": dict.fromkeys(SITES, 1.0)}}
 
 
@@ -49,8 +49,12 @@ class Deployment:
 
     def start(self, name: str, *command: str | Path) -> None:
         """Start `wardround COMMAND`; its output is `said(name)`."""
+        self.start_python(name, "from wardround.cli import main; main()", *command)
+
+    def start_python(self, name: str, code: str, *given: str | Path | int) -> None:
+        """Start a Python program."""
         with (self.folder / f"{name}.out").open("ab") as out:
-            arguments = [sys.executable, "-m", "wardround.cli", *map(str, command)]
+            arguments = [sys.executable, "-c", code, *map(str, given)]
             threads = {"OMP_NUM_THREADS": "1"}
             env = environment(self.folder) | threads
             self.running[name] = subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=out, stderr=out)

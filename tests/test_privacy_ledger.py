@@ -17,9 +17,9 @@ import pytest
 from conftest import ROOT
 
 from wardround.errors import BudgetExhausted, CheckpointError, PolicyRefusal
-from wardround.privacy import ledger_table
+from wardround.privacy import chained_table
 from wardround.privacy.accounting import Mechanism, epsilon, rounds_left, upward
-from wardround.privacy.ledger import Intent, Ledger
+from wardround.privacy.ledger import LEDGER, Intent, Ledger
 
 DELTA = 1e-5
 A_ROUND = Mechanism(rate=1.0, noise=30.0, steps=4)  # without sampling: a closed form, and fast
@@ -75,15 +75,15 @@ def test_the_chain_is_sha_256_over_number_previous_hash_and_canonical_json(ledge
 
 def test_the_file_is_for_the_site_alone(ledger: Ledger) -> None:
     charge(ledger)
-    with ledger_table.transaction(ledger.path) as db:
-        ledger_table.append(db, 2, "{}")  # the journal stands beside the file now
+    with chained_table.transaction(ledger.path, LEDGER) as db:
+        chained_table.append(db, 2, "{}")  # the journal stands beside the file now
         assert {path.stat().st_mode & 0o777 for path in ledger.path.parent.iterdir()} == {0o600}
         assert len(list(ledger.path.parent.iterdir())) == 2
 
 
 def test_a_commit_syncs_the_folder_too(ledger: Ledger) -> None:
     """FULL (2) does not: SQLite's journal, deleted at the commit, could be back after a power cut, and undo it."""
-    with ledger_table.transaction(ledger.path) as db:
+    with chained_table.transaction(ledger.path, LEDGER) as db:
         assert db.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA
         assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)  # one file: a copy of it is a copy
 
@@ -243,11 +243,12 @@ def test_what_a_killed_process_left_half_written_is_taken_back(ledger: Ledger) -
     code = """
 import os, signal, sys
 from pathlib import Path
-from wardround.privacy import ledger_table
-with ledger_table.transaction(Path(sys.argv[1])) as db:
+from wardround.privacy import chained_table
+from wardround.privacy.ledger import LEDGER
+with chained_table.transaction(Path(sys.argv[1]), LEDGER) as db:
     db.execute("PRAGMA cache_size = 1")  # pages go to the file before the commit
     for seq in range(3, 300):
-        ledger_table.append(db, seq, "x" * 5000)
+        chained_table.append(db, seq, "x" * 5000)
     os.kill(os.getpid(), signal.SIGKILL)
 """
     size = ledger.path.stat().st_size

@@ -198,7 +198,10 @@ def test_a_certificate_of_another_time_is_named_with_its_dates_at_either_end(
 
 def test_a_foreign_certificate_is_named_by_who_signed_it(kits: Path, tmp_path: Path) -> None:
     foreign(kits, tmp_path)
-    expected = "is not signed by ca.crt, but by 'Wardround federation other': another coordinator, or a TLS proxy"
+    expected = (
+        "is not signed by ca.crt ('Wardround federation tiny'), but by 'Wardround federation other': another "
+        "coordinator answers; ask yours for its address"
+    )
     with shown(kits):
         assert why_untrusted(coordinator(kits)) == expected
 

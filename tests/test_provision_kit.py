@@ -108,7 +108,7 @@ def test_another_federations_ca_is_not_trusted(kits: Path, tmp_path: Path) -> No
 
 def test_a_kit_holds_no_secret_but_the_sites_own(kits: Path) -> None:
     names = {"README.md", "SHA256SUMS", "SHA256SUMS.sig", "ca.crt", "coordinator.pub", "site.key", "site.pub"}
-    names.add("site.toml")
+    names |= {"site.toml", "compose.yaml"}
     assert {path.name for path in (kits / "lyon").iterdir()} == names
     secrets = [block for name, block in contents(kits / "coordinator").items() if name.endswith(".key")]
     assert len(secrets) == 3

@@ -34,7 +34,7 @@ class Federation:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
     def write(self, **membership: object) -> None:
-        changes = {"training": {"rounds": ROUNDS, "local_steps": 1}, "membership": {"min_sites": 1, **membership}}
+        changes = {"training": {"rounds": ROUNDS, "local_steps": 2}, "membership": {"min_sites": 1, **membership}}
         self.config.write_text(to_toml(merged(TINY, changes)))
 
     def provision(self, *sites: str) -> None:

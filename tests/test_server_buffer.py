@@ -241,6 +241,24 @@ def test_who_refuses_is_asked_again_with_the_next_round(tmp_path: Path) -> None:
     assert ("oslo", 2) in folded(run)
 
 
+def test_who_is_revoked_in_the_middle_of_a_buffer_is_named_and_the_others_fill_it(tmp_path: Path) -> None:
+    run = buffered(tmp_path / "run", 5)
+
+    class Revoked(Timed):
+        def idle(self) -> list[str]:
+            return [site for site in super().idle() if site != "wien" or self.now == 0]
+
+        def answer(self, site: str, task: Task) -> bytes | Refusal:
+            return app.REVOKED if site == "wien" else super().answer(site, task)
+
+    post = Revoked(run, {"lyon": 1, "oslo": 1, "wien": 2.5})  # its update is out when the third buffer is open
+    go_on(run, post)
+    assert post.asked.count(("wien", 1)) == 1 and {site for site, _ in folded(run)} == {"lyon", "oslo"}
+    named = [number for number in run.committed()[1:] if "wien" in run.record(number)["refused"]]
+    assert named == [3] and run.record(3)["refused"]["wien"].startswith("revoked")
+    assert "wien" not in run.record(5)["training"], "nobody waits for it any more"
+
+
 def test_who_lacks_the_state_that_a_step_starts_from_is_asked_once_more_for_the_same_round(tmp_path: Path) -> None:
     run = buffered(tmp_path / "run", 3)
 

@@ -14,7 +14,8 @@ from wardround.update import Declared, State, Update, check_tensors, layout, pac
 
 STATE: State = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros(4, np.float32)}
 MONITOR = {"effective_rank": 9.0, "feature_spread": 0.8, "alignment": 0.2, "uniformity": 2.0}
-DECLARED = Declared(images=3, patients=2, steps=1, loss_first=0.5, loss=0.25, seconds=1.5, version="0.1.0", **MONITOR)
+MEASURED = {"images": 3, "patients": 2, "loss_first": 0.5, "loss": 0.25, "seconds": 1.5, "drift": "none", **MONITOR}
+DECLARED = Declared(steps=1, version="0.1.0", **MEASURED)
 UPDATE = Update("lyon", "d" * 64, 1, "e" * 64, DECLARED, STATE)
 
 
@@ -60,6 +61,8 @@ def test_noise_is_refused(block: bytes) -> None:
         ("epsilon", -1.0),
         ("ledger", "7:short"),
         ("ledger", "a path/of/a/patient"),
+        ("audit", "a path/of/a/patient"),
+        ("drift", "of patient 7"),
     ],
 )
 def test_a_declared_value_that_no_site_sends_is_refused(field: str, value: Any) -> None:
@@ -103,19 +106,19 @@ def test_a_block_holds_scalars_and_empty_headers() -> None:
     assert header == {}
 
 
-PRIVATE = Declared(steps=3, version="0.1.0", units=40, epsilon=1.5, ledger="7:" + "a" * 64)
+PRIVATE = Declared(steps=3, version="0.1.0", units=40, epsilon=1.5, ledger="7:" + "a" * 64, audit="9:" + "b" * 64)
 
 
 def test_what_follows_from_constants_and_the_ledger_is_private_and_comes_back() -> None:
     update = dataclasses.replace(UPDATE, declared=PRIVATE)
     assert Update.from_bytes(update.to_bytes()).declared == PRIVATE
     assert PRIVATE.private
-    assert set(PRIVATE.lacking) == vars(DECLARED).keys() - {"steps", "version", "units", "epsilon", "ledger"}
+    assert set(PRIVATE.lacking) == MEASURED.keys()
 
 
 @pytest.mark.parametrize("field", PRIVATE.lacking)
 def test_one_measured_figure_is_enough_to_be_no_longer_private(field: str) -> None:
-    assert not dataclasses.replace(PRIVATE, **{field: 0}).private
+    assert not dataclasses.replace(PRIVATE, **{field: MEASURED[field]}).private
     assert dataclasses.replace(DECLARED, **{field: None}).lacking == [field]
 
 

@@ -1,5 +1,6 @@
 """The command `wardround`: one function a command, no logic."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -56,9 +57,17 @@ def root(
     context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show the trace of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    log_json: Annotated[
+        bool,
+        typer.Option("--log-json", envvar="WARDROUND_LOG_JSON", help="Make each line a JSON object, in all logs too."),
+    ] = False,
 ) -> None:
     """Options of every command."""
     context.obj = debug
+    if log_json:
+        from wardround import logs
+
+        logs.begin_prints()
     if version:
         typer.echo(f"wardround {__version__}")
         raise typer.Exit
@@ -251,6 +260,22 @@ def provision_rotate(
 
 
 @cli.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="A run folder: the --out of `coordinate` or `simulate`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as one JSON object.")] = False,
+) -> None:
+    """Show how a federation stands: its sites, the open round, throughput, time left; live in a terminal."""
+    from wardround.report.status import show, to_json
+    from wardround.server.status import Watch
+
+    watch = Watch(run)
+    if as_json:
+        typer.echo(to_json(watch.look()))
+    else:
+        show(watch.look, Console())
+
+
+@cli.command()
 def coordinate(
     config: Config,
     kit: Annotated[Path, typer.Option(help="The coordinator's folder that `provision` wrote.")],
@@ -258,11 +283,17 @@ def coordinate(
     port: Annotated[int, typer.Option(help="The port that sites connect to.", min=1, max=65535)] = 8500,
     host: Annotated[str, typer.Option(help="The address to listen on for sites; 0.0.0.0 for all.")] = "127.0.0.1",
     tracking: Tracking = None,
+    metrics: Annotated[
+        int | None,
+        typer.Option(help="Serve Prometheus metrics on this port of loopback; default: none.", min=1, max=65535),
+    ] = None,
 ) -> None:
     """Start the coordinator's server and run the federation's rounds with the sites that connect."""
+    from wardround.server.metrics import serving
     from wardround.server.superlink import coordinate
 
-    coordinate(config, kit, out, port, tracking or default_tracking(), host)
+    with serving(out, metrics):
+        coordinate(config, kit, out, port, tracking or default_tracking(), host)
     say_next(f"wardround evaluate {out} --data A_LABELLED_FOLDER")
 
 
@@ -281,19 +312,65 @@ def site_init(
 
 
 @site_cli.command("check")
-def site_check(site: SiteFile, config: Config) -> None:
-    """Index this site's images as a federation would, and say what cannot be read and why."""
-    from wardround.client.kit import check_kit
+def site_check(
+    site: SiteFile,
+    config: Config,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON, for machines.")] = False,
+) -> None:
+    """Look at all that a round needs here: kit, images, connection, clock, certificates, time, disk, approval, ledger.
+
+    Ends with 0 where all is well, 3 where there are warnings, 2 where there are problems.
+    """
+    from wardround.client.check import check, raise_for, to_do, worst
     from wardround.config import FederationConfig, read_site, read_toml
-    from wardround.data import open_site
-    from wardround.report.tables import index_table, left_out_lines
+    from wardround.report.tables import check_table, left_out_lines
 
     own = read_site(site)
-    if own.coordinator is not None:
-        typer.echo(f"the coordinator's key is {check_kit(own, site)}; compare it by telephone")
-    images = {own.name: open_site(own, read_toml(config, FederationConfig).data)}
-    Console().print(index_table(images))
-    typer.echo("\n".join(left_out_lines(images, most=1000)))
+    found, images = check(own, site, read_toml(config, FederationConfig))
+    lines = left_out_lines({own.name: images}, most=1000) if images else []
+    if as_json:
+        said = {"severity": worst(found), "findings": [one._asdict() for one in found], "left_out": lines}
+        typer.echo(json.dumps(said, indent=1))
+    else:
+        Console().print(check_table(found))
+        typer.echo("\n".join([*to_do(found), *lines]))
+    raise_for(found)
+    if worst(found) == "warning":
+        raise typer.Exit(3)
+
+
+@site_cli.command("approve")
+def site_approve(
+    site: SiteFile,
+    protocol: Annotated[
+        str | None, typer.Argument(help="A digest, or its first 8 digits or more, or a federation's file.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Approve without asking, as in scripts.")] = False,
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take an approval back.")] = False,
+    by: Annotated[str | None, typer.Option(help="Who agrees; default: this account.")] = None,
+) -> None:
+    """Show in plain words what a protocol does here, and approve it; without one, list what waits for approval."""
+    from wardround.client import approval, policy
+    from wardround.client.charge import ledger_of
+    from wardround.config import read_site
+    from wardround.report.agreement import agreement_table
+
+    own = read_site(site)
+    if protocol is None:
+        typer.echo("\n".join(approval.lines(own)))
+        return
+    if withdraw:
+        typer.echo(f"{approval.withdraw(own, protocol, by)} is not approved any more; no new round of it begins")
+        return
+    found = approval.find(own, protocol)
+    Console().print(agreement_table(found, own, ledger_of(own).mechanisms()))
+    for objection in policy.objections(own, found):
+        typer.echo(f"though approved, it will be refused: {objection}")
+    if not (yes or typer.confirm(f"Does site '{own.name}' agree to this?")):
+        typer.echo("nothing is approved")
+        raise typer.Exit(1)
+    approval.approve(own, found, by)
+    typer.echo(f"approved: {found.digest()}")
 
 
 @site_cli.command("run")
@@ -302,6 +379,30 @@ def site_run(site: SiteFile) -> None:
     from wardround.client.supervisor import run_site
 
     run_site(site)
+
+
+@site_cli.command("log")
+def site_log(
+    site: SiteFile,
+    last: Annotated[int, typer.Option(help="How many messages to show.", min=1)] = 20,
+    everything: Annotated[bool, typer.Option("--all", help="Show all of them.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON, for machines.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the chain alone, and say up to where it holds.")
+    ] = False,
+) -> None:
+    """Print what came in and what left, newest last; check that nothing was altered or cut."""
+    from wardround.client.audit import AuditLog
+    from wardround.config import read_site
+    from wardround.report.audit import audit_json, audit_table
+
+    log = AuditLog(read_site(site).work)
+    if not verify:
+        rows = [row.flat() for row in log.rows()[0][0 if everything else -last :]]
+        typer.echo(audit_json(rows)) if as_json else Console().print(audit_table(rows))
+    rows_held, heads = log.verified()
+    if not as_json:
+        typer.echo(f"The chain of {len(rows_held)} rows is whole, with {heads} heads that left with updates kept here.")
 
 
 @ledger_cli.command("show")

@@ -9,6 +9,7 @@ The protocol on the wire, its keys and its TLS are Flower's, so that a stock `fl
 
 import logging
 import random
+import ssl
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import httpx
@@ -59,6 +61,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from wardround.meter import Meter
+
 log = logging.getLogger(__name__)
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
@@ -69,16 +73,22 @@ _AWAY = 3.0  # seconds; the rounds' process looks five times a second
 _BEAT = 24.0  # seconds; Flower's hearts beat every 17.5 to 22.5
 _DOUBT = 30.0  # seconds without a message, after one may have been lost
 _UNKNOWN = "does not know its key"
+_PROXY_REMEDIES = {
+    "403": "; have the coordinator's address allowed there",
+    "407": "; [coordinator] proxy_credentials names the file with its USER:PASSWORD",
+}
+_MOST_OBJECTS = 800  # of a message, 5 MiB each: a state of four gigabytes
 _SAME_CLOCK = 2.0  # seconds; SuperLink takes 5 ahead, and a Date header has whole seconds
 
 
 class SiteConnection:
     """A site's side of one connection to the coordinator; `connected` makes it."""
 
-    def __init__(self, client: FleetHttpClient, clock: "CoordinatorsClock") -> None:
+    def __init__(self, client: FleetHttpClient, clock: "CoordinatorsClock", pulse: Path | None) -> None:
         self.node = 0  # Flower's number of this site
-        self._client, self._clock = client, clock
+        self._client, self._clock, self._pulse = client, clock, pulse
         self._doubt, self._lost_at = _DOUBT, float("inf")
+        self.way = ""  # how the coordinator is reached, for what is said of it
 
     def receive(self) -> Message | None:
         """Return the next message whole, or None where there is none, its run is over, or it broke off on the way.
@@ -92,13 +102,14 @@ class SiteConnection:
                 self.beat()
             return None
         run, tree = found.messages_list[0].metadata.run_id, found.message_object_trees[0]
+        objects = [one.object_id for one in iterate_object_tree(tree)]
+        if len(objects) > _MOST_OBJECTS:
+            log.warning("a message of %d objects is not taken: no state is so large", len(objects))
+            return None
         pull = partial(self._patiently, self._client.PullObject)
         confirm = partial(self._patiently, self._client.ConfirmMessageReceived)
         try:
-            parts = pull_objects(
-                [one.object_id for one in iterate_object_tree(tree)],
-                make_pull_object_fn_protobuf(pull, self._me, run),
-            )
+            parts = pull_objects(objects, make_pull_object_fn_protobuf(pull, self._me, run))
             make_confirm_message_received_fn_protobuf(confirm, self._me, run)(tree.object_id)
         except RunNotRunningException:
             return None
@@ -174,8 +185,12 @@ class SiteConnection:
         """Say that this site is there; return whether it was heard."""
         asked = SendNodeHeartbeatRequest(node=self._me, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         try:
-            return bool(self._client.SendNodeHeartbeat(asked).success)
-        except httpx.HTTPError:  # raised, it would end the thread, and a site that does not beat is never asked again
+            heard = bool(self._client.SendNodeHeartbeat(asked).success)
+            if heard and self._pulse is not None:
+                self._pulse.touch()
+            return heard
+        # Raised, they would end the thread, and a site that does not beat is never asked again.
+        except (httpx.HTTPError, OSError):
             return False
 
     @property
@@ -209,7 +224,7 @@ class SiteConnection:
             try:
                 answer = call(asked)
             except httpx.HTTPError as error:
-                why = _passing(error)
+                why = f"{self.way}{_passing(error)}"
             else:
                 if pause > 1.0:
                     log.warning("the coordinator is reached again")
@@ -233,6 +248,8 @@ def _passing(error: httpx.HTTPError) -> str:
         return f"it answers {status}"  # its disk may be full, or its database be locked for a moment
     if "certificate" in str(error):
         raise error
+    if isinstance(error, httpx.ProxyError):
+        return f"it answers {error}{_PROXY_REMEDIES.get(str(error)[:3], '')}"
     return str(error) or type(error).__name__
 
 
@@ -283,18 +300,34 @@ class CoordinatorsClock:
 
 @contextmanager
 def connected(
-    address: str, ca: bytes, key: EllipticCurvePrivateKey, last: int | None = None
+    address: str,
+    ca: bytes,
+    key: EllipticCurvePrivateKey,
+    last: int | None = None,
+    megabits: float | None = None,
+    pulse: Path | None = None,
+    proxy: str | None = None,
+    login: tuple[str, str] | None = None,
 ) -> Iterator[SiteConnection]:
     """Give a site's connection; it keeps itself alive, and tries again for ever where the network is down.
 
     address: host:port. ca: the federation's CA certificate (PEM). last: the number that this site had before.
+    megabits: the most a second, each way; below 0.5, SuperLink tires of an object of 5 MiB, after three minutes.
+    pulse: a file whose time is that of the last beat that was heard; a container's health check reads it.
+    proxy: http://host:port of the one to go by; login: its user and password. What the environment says of proxies
+    does not count.
     Raises ConnectionRefusedError where the coordinator does not know the key, as may any call on the connection
     after the coordinator began anew: run this under a supervisor.
     """
     clock = CoordinatorsClock(key)
     version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
     with FleetHttpClient.from_server_address(address, False, ca, [version, clock]) as client:
-        connection = SiteConnection(client, clock)
+        _go_by(client, ca, proxy, login)
+        meter = Meter(megabits)
+        client._client.event_hooks = {"request": [meter.on_request], "response": [meter.on_response]}
+        client._client.follow_redirects = False  # this address alone was agreed on
+        connection = SiteConnection(client, clock, pulse)
+        connection.way = f"by the proxy {proxy}: " if proxy else ""
         connection.activate(key, last)
         heart = HeartbeatSender(connection.beat)
         heart.start()
@@ -304,6 +337,16 @@ def connected(
             heart.stop()
             with suppress(httpx.HTTPError):
                 client.DeactivateNode(DeactivateNodeRequest(node_id=connection.node))
+
+
+def _go_by(client: FleetHttpClient, ca: bytes, proxy: str | None, login: tuple[str, str] | None) -> None:
+    """Have a client call by this proxy, or by none; Flower's own asks the environment, which anybody may have set."""
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trust.load_verify_locations(cadata=ca.decode("ascii"))
+    before = client._client
+    way = httpx.Proxy(proxy, auth=login) if proxy else None
+    client._client = httpx.Client(verify=trust, timeout=before.timeout, trust_env=False, proxy=way)
+    before.close()
 
 
 @contextmanager

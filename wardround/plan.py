@@ -5,7 +5,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -164,18 +164,19 @@ def architecture(recipe: Recipe) -> Layout:
     }
 
 
-def cost(plan: Plan, steps: int = 3) -> Cost:
-    """Return what a round costs, by training `steps` steps on noise after one to warm up."""
+def cost(plan: Plan, steps: int = 3, machine: Machine | None = None) -> Cost:
+    """Return what a round costs, by training `steps` steps on noise after one to warm up, on one device."""
     # At the size of the last rounds: what a site must be able to bear.
     recipe = plan.config.model_copy(update={"training": plan.config.training.model_copy(update={"resolutions": ()})})
-    method = methods.build(recipe)
+    machine = replace(machine or Machine(), devices=1)
+    fabric = open_fabric(machine, recipe.training.precision)
+    method = methods.build(recipe).to(fabric.device)
     noise = np.random.default_rng(0).integers(0, 256, (recipe.training.batch_size, *recipe.data.shape))
     images = noise.astype(np.uint8)
-    engine: Engine = Plain(method, images, recipe, "check")
+    engine: Engine = Plain(method, images, recipe, "check", fabric, machine.micro_batch)
     kept = _kept_by_forward(method, engine.batch(0))
     if isinstance(recipe.privacy, UnitPrivacyConfig):
         everyone = Mechanism(rate=1.0, noise=1.0, steps=1)  # as many units as are expected of a step
-        fabric = open_fabric(Machine(), recipe.training.precision)
         engine = Private(method, images, np.arange(len(images), dtype=np.int32), recipe, everyone, fabric)
     pretrain(method, engine, 0, 1, {}, "check")
     started = time.perf_counter()

@@ -19,6 +19,7 @@ from typing import IO
 import psutil
 
 from wardround.errors import ConfigError
+from wardround.logs import message
 
 _PATIENCE = 10.0  # seconds: Flower's own programs force their exit after five
 
@@ -85,12 +86,12 @@ class NewLines:
         self.read_to = log.stat().st_size if log.exists() else 0
 
     def read(self) -> list[str]:
-        """Return the whole lines that came since the last call."""
+        """Return what the whole lines say that came since the last call."""
         with contextlib.suppress(FileNotFoundError), self.log.open("rb") as file:
             file.seek(self.read_to)
             whole, end, _ = file.read().rpartition(b"\n")
             self.read_to += len(whole + end)
-            return whole.decode(errors="replace").split("\n") if end else []
+            return [message(line) for line in whole.decode(errors="replace").split("\n")] if end else []
         return []
 
 

@@ -15,6 +15,9 @@ from cryptography.hazmat.primitives.serialization import ssh_key_fingerprint
 from cryptography.x509 import ExtensionNotFound, Name, SubjectAlternativeName, load_pem_x509_certificate
 from cryptography.x509.oid import NameOID
 
+AUTHORITY = "Wardround federation"  # how the name of a federation's CA begins
+FOREIGN = "is not signed by ca.crt"
+
 
 def sign(key: EllipticCurvePrivateKey, *parts: bytes | str) -> bytes:
     """Return a signature of these parts in this order; the first says what kind of thing they are."""
@@ -45,19 +48,25 @@ def untrusted(certificate: bytes, ca: bytes, host: str | None = None, now: datet
 
     It explains what OpenSSL refused, in words and dates, and decides nothing by itself.
     """
-    found, issuer, now = load_pem_x509_certificate(certificate), load_pem_x509_certificate(ca), now or datetime.now(UTC)
+    found, authority = load_pem_x509_certificate(certificate), load_pem_x509_certificate(ca)
+    now = now or datetime.now(UTC)
     try:
-        found.verify_directly_issued_by(issuer)
+        found.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
-        return f"is not signed by ca.crt, but by '{_common_name(found.issuer)}': another coordinator, or a TLS proxy"
+        return f"{FOREIGN} ('{_common_name(authority.subject)}'), but by '{_common_name(found.issuer)}'"
     clock = f"and this machine's clock says {now:%Y-%m-%d}"
-    for one, what in ((found, ""), (issuer, "is signed by a ca.crt that ")):
+    for one, what in ((found, ""), (authority, "is signed by a ca.crt that ")):
         if now < one.not_valid_before_utc:
             return f"{what}is not valid before {one.not_valid_before_utc:%Y-%m-%d}, {clock}"
         if now > one.not_valid_after_utc:
             return f"{what}was valid until {one.not_valid_after_utc:%Y-%m-%d}, {clock}"
     names = certificate_names(certificate)
     return f"is for {', '.join(sorted(names))}, not for {host}" if host is not None and host not in names else None
+
+
+def issuer(certificate: bytes) -> str:
+    """Return who signed a certificate (PEM), by its own word."""
+    return _common_name(load_pem_x509_certificate(certificate).issuer)
 
 
 def certificate_names(certificate: bytes) -> set[str]:

@@ -72,7 +72,9 @@ def _write_site(folder: Path, site: str, data: Path, plan: Plan, threads: int) -
     path = folder / "site.toml"
     content = (
         f"format = 1\nname = {text(site)}\nwork = {text(str(folder.resolve()))}\napproved = [{text(plan.digest)}]\n"
-        f"threads = {threads}\n\n[images]\n{images}{_terms(plan.config, site)}"
+        f"threads = {threads}\n\n[images]\n{images}{_terms(plan.config, site)}\n"
+        "[minimum]  # none: whoever has all sites' images in one place sees them anyway\n"
+        "images = 1\nlocal_steps = 1\nbatch_size = 1\n"
     )
     write_file(path, content.encode())
     return path

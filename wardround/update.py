@@ -31,6 +31,7 @@ META = "wardround"  # the one metadata key: safetensors writes several in no fix
 
 
 _HEAD = re.compile(r"[0-9]{1,9}:[0-9a-f]{64}")
+DRIFT = ("none", "some", "strong")  # how far images that came later are from those that a site began with
 _KINDS: dict[Any, str] = {int: "a whole number from 0", float: "a finite number from 0", str: "a short text"}
 
 
@@ -53,9 +54,11 @@ class Declared:
     feature_spread: float | None = None
     alignment: float | None = None
     uniformity: float | None = None
+    drift: str | None = None  # one of DRIFT
     units: int | None = None  # with a privacy unit at the site: the declared number of them
     epsilon: float | None = None  # spent in this federation so far, of the federation's unit, at its delta
     ledger: str | None = None  # length and head of the site's ledger, LENGTH:HASH
+    audit: str | None = None  # of its audit log, with this round's task; of what is in it, it tells nothing
 
     def __post_init__(self) -> None:
         """Raise UpdateError for values that no honest site sends; they come from outside."""
@@ -67,11 +70,15 @@ class Declared:
             least, expected = 0.0, _KINDS[kind]
             if field.name in ("loss", "loss_first"):
                 least, expected = -math.inf, "a finite number"
-            is_text = isinstance(value, str) and len(value) <= 100
+            is_text = isinstance(value, str) and len(value) <= 100 and value.isprintable()
             if not (is_text if kind is str else _is_measure(value, kind, least)):
                 raise UpdateError(f"declared field '{field.name}' is {str(value)[:40]!r}, expected {expected}.")
-        if self.ledger is not None and not _HEAD.fullmatch(self.ledger):
-            raise UpdateError(f"declared field 'ledger' is {self.ledger[:40]!r}, expected LENGTH:HASH.")
+        for name in ("ledger", "audit"):
+            head = getattr(self, name)
+            if head is not None and not _HEAD.fullmatch(head):
+                raise UpdateError(f"declared field '{name}' is {head[:40]!r}, expected LENGTH:HASH.")
+        if self.drift is not None and self.drift not in DRIFT:
+            raise UpdateError(f"declared field 'drift' is {self.drift[:40]!r}, expected one of {', '.join(DRIFT)}.")
 
     @property
     def private(self) -> bool:
@@ -84,7 +91,7 @@ class Declared:
         return [name for name in MEASURED if getattr(self, name) is None]
 
 
-_CONSTANT = {"steps", "version", "units", "epsilon", "ledger"}
+_CONSTANT = {"steps", "version", "units", "epsilon", "ledger", "audit"}
 MEASURED = [field.name for field in fields(Declared) if field.name not in _CONSTANT]
 
 
@@ -216,5 +223,5 @@ class Task:
 class Refusal:
     """A site's answer where there is no update: a word for the record and one line for a person."""
 
-    code: str  # policy, budget, images, training, failed, silent, invalid, state
+    code: str  # policy, budget, images, training, failed, silent, invalid, version, state
     text: str  # no path, patient id or tag value

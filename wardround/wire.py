@@ -5,6 +5,7 @@ object, so a ViT sent tensor by tensor takes about four times the CPU of the sam
 """
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -15,7 +16,9 @@ from wardround.errors import PolicyRefusal, UpdateError
 from wardround.signatures import is_signed, sign
 from wardround.update import Refusal, Task
 
-VERSION = 4  # of this protocol on the wire; both ends must speak the same
+# Of this protocol on the wire; both ends must speak the same. It goes up with whatever changes the fields of a task
+# or of an update, or what is signed of them. A refusal never changes, so that the older end's word is read.
+VERSION = 5
 
 
 def task_to_records(task: Task, site: str, key: EllipticCurvePrivateKey | None) -> RecordDict:
@@ -42,8 +45,9 @@ def records_to_task(records: RecordDict, site: str, key: EllipticCurvePublicKey 
     try:
         fields = dict(records.config_records["task"])
         if fields["wire"] != VERSION:
-            raise UpdateError(
-                f"the coordinator speaks wire version {fields['wire']!r}, this site {VERSION}; upgrade the older."
+            spoken = _line(fields["wire"], 20)
+            raise PolicyRefusal(
+                f"the coordinator speaks wire version {spoken}, this site {VERSION}; upgrade the older."
             )
         signature, state = fields.pop("signature"), _bytes(records, "state")
         text = json.dumps(fields, sort_keys=True)
@@ -74,7 +78,7 @@ def answer_to_records(
         return RecordDict({"refusal": ConfigRecord({**record, "signature": signature})})
     block = compress(answer)
     signature = sign(key, "update", site, round, block) if key else b""
-    return RecordDict({"update": _block(block), "signed": ConfigRecord({"signature": signature})})
+    return RecordDict({"update": _block(block), "signed": ConfigRecord({"signature": signature, "wire": VERSION})})
 
 
 def message_to_answer(message: Message, site: str, round: str, key: EllipticCurvePublicKey | None) -> bytes | Refusal:
@@ -89,18 +93,38 @@ def message_to_answer(message: Message, site: str, round: str, key: EllipticCurv
     try:
         if "refusal" in records.config_records:
             fields = records.config_records["refusal"]
-            found: bytes | Refusal = Refusal(str(fields["code"])[:20], str(fields["text"])[:500])
+            found: bytes | Refusal = Refusal(_line(fields["code"], 20), _line(fields["text"], 500))
             said: tuple[bytes | str, ...] = ("refusal", site, round, str(fields["code"]), str(fields["text"]))
             signature = fields["signature"]
         else:
+            signed = records.config_records["signed"]
+            if signed.get("wire") != VERSION:
+                spoken = _line(signed.get("wire", "4 or older"), 20)
+                return Refusal(
+                    "version", f"it speaks wire version {spoken}, the coordinator {VERSION}; upgrade the older."
+                )
             found = _bytes(records, "update")
             said = ("update", site, round, found)
-            signature = records.config_records["signed"]["signature"]
+            signature = signed["signature"]
     except (KeyError, TypeError, ValueError):
         return Refusal("invalid", "the answer is neither an update nor a refusal")
     if key and not (isinstance(signature, bytes) and is_signed(key, signature, *said)):
         return Refusal("invalid", "the answer is not signed by the site's key, or is of another round")
     return found
+
+
+def crossing(records: RecordDict) -> Iterator[bytes]:
+    """Yield all that is in a message, for a log to count and hash: blocks as Flower packs them, the rest as JSON."""
+    for _, record in sorted(records.items()):
+        if isinstance(record, ArrayRecord):
+            yield from (array.data for _, array in sorted(record.items()))
+        else:
+            yield json.dumps(dict(record), sort_keys=True, default=bytes.hex).encode()
+
+
+def _line(value: object, most: int) -> str:
+    """Return a site's text as one line that moves no cursor: a person reads it in a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value)[:most])
 
 
 def _block(block: bytes) -> ArrayRecord:

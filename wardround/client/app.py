@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,20 +12,21 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key, lo
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from wardround.client import policy
+from wardround.client import drift, policy
+from wardround.client.audit import AuditLog, Exchange, kind_of, protocol_of
 from wardround.client.charge import charge
-from wardround.client.journal import Journal
+from wardround.client.journal import WRITTEN, Journal
 from wardround.client.local_round import local_round
 from wardround.config import Protocol, SiteConfig, read_site
 from wardround.config.privacy import UnitPrivacyConfig
 from wardround.data import open_site
 from wardround.errors import BudgetExhausted, DataError, PolicyRefusal, UpdateError, WardroundError
+from wardround.signatures import fingerprint
 from wardround.ssl.devices import Machine
 from wardround.update import Refusal, Task, state_hash, withholds
-from wardround.wire import answer_to_records, records_to_task
+from wardround.wire import answer_to_records, crossing, records_to_task
 
 log = logging.getLogger(__name__)
-_WRITTEN = 8  # times the state: update, moments and residual, and as much on the way there
 app = ClientApp()
 
 # An error's kind decides whether its text may cross: those of images and configs name files of the site.
@@ -38,11 +40,21 @@ CODES: dict[type[Exception], str] = {
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Answer one task with an update or a refusal; nothing that is raised crosses."""
-    site = read_site(Path(str(context.node_config["site-config"])))
-    own, coordinators = keys(site)
+    """Answer one task with an update or a refusal; nothing that is raised crosses, nor what cannot be logged."""
     try:
-        answer = run_task(site, records_to_task(message.content, site.name, coordinators))
+        return _answered(message, read_site(Path(str(context.node_config["site-config"]))))
+    except Exception as error:  # Flower's own SuperNode sends the text of what ends its ClientApp
+        log.error("no answer: %s", error, exc_info=error)
+        raise WardroundError("no answer: the reason stands in the site's own log") from None
+
+
+def _answered(message: Message, site: SiteConfig) -> Message:
+    """Return the answer to one message; both are in the audit log when this returns."""
+    own, coordinators = keys(site)
+    audit = AuditLog(site.work)
+    exchange = Exchange(fingerprint(coordinators) if coordinators else "this process")
+    try:
+        answer = run_task(site, _task(message, site.name, coordinators, audit, exchange), exchange)
     except (PolicyRefusal, UpdateError) as error:
         log.warning("site '%s' refuses: %s", site.name, error)
         answer = Refusal(CODES[type(error)], str(error))
@@ -52,7 +64,20 @@ def train(message: Message, context: Context) -> Message:
     except Exception as error:  # whatever it says may name a file or a patient
         log.warning("site '%s' failed: %s", site.name, error, exc_info=not isinstance(error, WardroundError))
         answer = Refusal(CODES.get(type(error), "failed"), "the reason stands in the site's own log")
-    return Message(answer_to_records(answer, site.name, message.metadata.group_id, own), reply_to=message)
+    records = answer_to_records(answer, site.name, message.metadata.group_id, own)
+    audit.add(exchange.crossing("out", kind_of(answer, exchange), crossing(records)))
+    return Message(records, reply_to=message)
+
+
+def _task(message: Message, site: str, key: EllipticCurvePublicKey | None, audit: AuditLog, exchange: Exchange) -> Task:
+    """Return the task in a message, logged whether there is one or not. Raises as `records_to_task` does."""
+    coordinator, exchange.peer, kind = exchange.peer, "", "unreadable"
+    try:
+        task = records_to_task(message.content, site, key)
+        exchange.peer, exchange.round, exchange.protocol, kind = coordinator, task.round, protocol_of(task), "task"
+        return task
+    finally:
+        exchange.head = audit.add(exchange.crossing("in", kind, crossing(message.content)))
 
 
 def keys(site: SiteConfig) -> tuple[EllipticCurvePrivateKey, EllipticCurvePublicKey] | tuple[None, None]:
@@ -65,11 +90,13 @@ def keys(site: SiteConfig) -> tuple[EllipticCurvePrivateKey, EllipticCurvePublic
     return own, coordinators
 
 
-def run_task(site: SiteConfig, task: Task) -> bytes | Refusal:
+def run_task(site: SiteConfig, task: Task, exchange: Exchange | None = None) -> bytes | Refusal:
     """Return the bytes of this site's update: replayed where the round is done, trained where not.
 
-    A refusal where the task holds a step and this site lacks the state that the step starts from.
+    What the audit log tells of the answer is filled into `exchange`. A refusal where the task holds a step and
+    this site lacks the state that the step starts from.
     """
+    exchange = exchange or Exchange("this process")
     protocol = policy.agreed_protocol(site, task)
     journal = Journal(site.work, protocol.digest(), site.max_trainings_per_round)
     steps = protocol.encoding != "float32"  # a step of float32 has as many bytes as a state
@@ -79,6 +106,7 @@ def run_task(site: SiteConfig, task: Task) -> bytes | Refusal:
         return Refusal("state", "it does not hold the state that the step starts from")
     done = journal.replay(task.round, state_hash(state))
     if done is not None:
+        exchange.kind = "replay"
         return done
     if protocol.privacy.unit == "site" and journal.released(task.round):
         raise PolicyRefusal(f"round {task.round} was released from another state already, and its noise pays for once.")
@@ -86,19 +114,25 @@ def run_task(site: SiteConfig, task: Task) -> bytes | Refusal:
         journal.hold(state)
     with _own_affair(protocol):
         images = open_site(site, protocol.data)
+    policy.refuse_few(site, protocol, images.num_images)
+    with _own_affair(protocol):
+        level = drift.measured(site, protocol, state, images, machine(site))
     memory = journal.memory(task.last_folded)
     if memory is None:
         log.warning("site '%s': the site memory of round %d is lost; it starts anew", site.name, task.last_folded)
         memory = {}
-    journal.check_room(_WRITTEN * sum(array.nbytes for array in state.values()))
+    journal.check_room(WRITTEN * sum(array.nbytes for array in state.values()))
     with journal.training(task.round):
         private = isinstance(protocol.privacy, UnitPrivacyConfig)
         charged = charge(site, protocol, task) if private else None
+        exchange.epsilon = charged.epsilon if charged else None
     midway = None if private else journal.midway(task.round)  # noise once drawn is not kept to be drawn upon
     with _own_affair(protocol):
         update, memory = local_round(
             protocol, site.name, task.round, state, memory, images, machine(site), charged, midway
         )
+    told = None if withholds(protocol.privacy) else level
+    update = replace(update, declared=replace(update.declared, audit=exchange.head, drift=told))
     block = update.to_bytes()
     journal.finish(task.round, block, memory, task.last_folded)
     return block

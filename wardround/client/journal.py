@@ -18,6 +18,8 @@ from wardround.errors import PolicyRefusal, UpdateError, WardroundError
 from wardround.registry.durable import write_file
 from wardround.update import State, Update, pack, unpack
 
+WRITTEN = 8  # times the state, of a round: update, moments and residual, and as much on the way there
+
 
 class Journal:
     """The rounds of one protocol at one site: a folder for each."""

@@ -1,19 +1,23 @@
 """A site's kit, looked at before it is used: whole, as the coordinator signed it, and with this site's own key."""
 
+import base64
+import contextlib
 import hashlib
 import ssl
 import stat
 import tempfile
+from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_private_key, load_ssh_public_key
 
 from wardround.config import SiteConfig
-from wardround.config.site import CoordinatorConfig
+from wardround.config.site import CoordinatorConfig, read_login
 from wardround.errors import ConfigError
-from wardround.signatures import fingerprint, is_signed, untrusted
+from wardround.signatures import AUTHORITY, FOREIGN, fingerprint, is_signed, issuer, untrusted
 
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it; of all files of the kit but those below
 SIGNATURE = f"{SUMS}.sig"
@@ -37,6 +41,8 @@ def check_kit(site: SiteConfig, path: Path) -> str:
     key = found.private_key
     if stat.S_IMODE(key.stat().st_mode) & 0o077:
         raise ConfigError(f"{key}: other accounts can read it; 'chmod 600' it, and ask for a new kit if it was seen.")
+    if found.proxy_credentials is not None:
+        read_login(found.proxy_credentials)
     coordinator = _check_sums(found)
     _check_key(site.name, found, path)
     return fingerprint(coordinator)
@@ -44,7 +50,7 @@ def check_kit(site: SiteConfig, path: Path) -> str:
 
 def check_folders(site: SiteConfig, path: Path) -> None:
     """Raise ConfigError where the images' folder is missing or the work folder cannot be written."""
-    if not site.images.folder.is_dir():
+    if site.images.kind != "dicomweb" and not site.images.folder.is_dir():
         raise ConfigError(f"{path}: [images] folder = '{site.images.folder}' is no folder; mount it, or name another.")
     try:
         site.work.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -60,13 +66,37 @@ def check_folders(site: SiteConfig, path: Path) -> None:
 
 def why_untrusted(found: CoordinatorConfig) -> str:
     """Return what is wrong with the certificate that the coordinator's address shows now, in words and dates."""
-    host, _, port = found.address.rpartition(":")
+    host = found.address.rpartition(":")[0].strip("[]")
     try:
-        shown = ssl.get_server_certificate((host.strip("[]"), int(port)), timeout=_PATIENCE).encode()
-        why = untrusted(shown, found.ca_certificate.read_bytes(), host.strip("[]"))
-    except (OSError, ValueError):  # it is away again, or shows none
-        why = None
+        shown = _shown_certificate(found)
+        why = untrusted(shown, found.ca_certificate.read_bytes(), host)
+    except (OSError, ValueError, HTTPException):  # it is away again, or shows none
+        return "is not signed by ca.crt, or is for another address"
+    if why is not None and why.startswith(FOREIGN):
+        if issuer(shown).startswith(AUTHORITY):
+            return f"{why}: another coordinator answers; ask yours for its address"
+        way = f"the proxy {found.proxy}" if found.proxy else "a proxy on the way"
+        return f"{why}: {way} inspects TLS; have {found.address} exempted from inspection"
     return why or "is not signed by ca.crt, or is for another address"
+
+
+def _shown_certificate(found: CoordinatorConfig) -> bytes:
+    """Return the certificate (PEM) that the coordinator's address shows, by the way that the site takes."""
+    host, _, port = found.address.rpartition(":")
+    look = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # looks, trusts nothing, and says nothing
+    look.check_hostname, look.verify_mode = False, ssl.CERT_NONE
+    proxy = urlsplit(found.proxy) if found.proxy else None
+    where = (host.strip("[]"), int(port)) if proxy is None else (proxy.hostname or "", proxy.port or 80)
+    connection = HTTPSConnection(*where, timeout=_PATIENCE, context=look)
+    if proxy is not None:
+        login = ":".join(read_login(found.proxy_credentials)) if found.proxy_credentials else ""
+        basic = {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if login else {}
+        connection.set_tunnel(host.strip("[]"), int(port), basic)
+    with contextlib.closing(connection):
+        connection.connect()
+        shown = connection.sock.getpeercert(True)
+        assert isinstance(shown, bytes), "TLS has no server without a certificate"
+        return ssl.DER_cert_to_PEM_cert(shown).encode()
 
 
 def _check_sums(found: CoordinatorConfig) -> EllipticCurvePublicKey:
@@ -84,6 +114,8 @@ def _check_sums(found: CoordinatorConfig) -> EllipticCurvePublicKey:
         raise ConfigError(f"{home / SUMS}: is not signed by the key in {found.signing_key.name}; {_AGAIN}.")
     for line in sums.decode().splitlines():
         expected, _, name = line.partition("  ")
+        if Path(name).name != name:
+            raise ConfigError(f"{home / SUMS}: names '{name}', which is no file of a kit; {_AGAIN}.")
         file = elsewhere.get(name, home / name)
         if not file.is_file():
             raise ConfigError(f"{home}: there is no file '{name}'; {_AGAIN}.")

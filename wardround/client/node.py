@@ -3,18 +3,21 @@
 It lives as long as the connection, so that torch, the images' index and the code are loaded once.
 """
 
-import logging
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
+from wardround import logs
 from wardround.client.app import app, keys
-from wardround.config.site import read_site
-from wardround.connection import connected, polite_pause
+from wardround.config.site import SiteConfig, read_login, read_site
+from wardround.connection import SiteConnection, connected, polite_pause
 from wardround.processes import stopped_by_sigterm
 from wardround.registry.durable import write_file
+
+_LOOK = 5.0  # seconds
 
 
 def answer_rounds(path: Path) -> None:
@@ -25,26 +28,46 @@ def answer_rounds(path: Path) -> None:
     number = site.work / "flower" / "node"  # Flower's, of this site
     before = int(number.read_text()) if number.exists() else None
     number.unlink(missing_ok=True)  # who finds another process in its place asks for it once
-    with connected(coordinator.address, coordinator.ca_certificate.read_bytes(), own, before) as connection:
-        write_file(number, str(connection.node).encode())
-        print(f"connected as node {connection.node}", flush=True)
+    pulse = site.work / "flower" / "beat"
+    while True:
+        _wait_for_hours(site, pulse)
+        ca = coordinator.ca_certificate.read_bytes()
+        login = read_login(coordinator.proxy_credentials) if coordinator.proxy_credentials else None
+        way = (coordinator.proxy, login)
+        with connected(coordinator.address, ca, own, before, site.bandwidth, pulse, *way) as connection:
+            write_file(number, str(connection.node).encode())
+            print(f"connected as node {connection.node}", flush=True)
+            _answer_while_open(site, path, connection)
+        before = None  # it has said good-bye
+
+
+def _wait_for_hours(site: SiteConfig, pulse: Path) -> None:
+    """Return once it is within a site's hours, in which alone it is there for the coordinator."""
+    if not site.is_open(datetime.now().time()):
+        print(f"site '{site.name}': not within its hours, {site.hours}; it is not connected until then", flush=True)
+    while not site.is_open(datetime.now().time()):  # asked often: clocks are set, and machines sleep
+        pulse.touch()  # a container that waits is well
+        time.sleep(_LOOK)
+
+
+def _answer_while_open(site: SiteConfig, path: Path, connection: SiteConnection) -> None:
+    """Answer messages until the site's hours are over; a round that is being trained then is finished and sent."""
+    last = time.monotonic()
+    while site.is_open(datetime.now().time()):
+        message = connection.receive()
+        if message is None:
+            time.sleep(polite_pause(last))
+            continue
+        print(f"round {ascii(message.metadata.group_id)[1:-1]}", flush=True)  # on one line, whatever it is
+        started = time.monotonic()
+        context = Context(message.metadata.run_id, connection.node, {"site-config": str(path)}, RecordDict(), {})
+        reply = app(message, context)
+        sent = connection.answer(reply, time.monotonic() - started)
+        print("answer sent" if sent else "answer not wanted any more", flush=True)
         last = time.monotonic()
-        while True:
-            message = connection.receive()
-            if message is None:
-                time.sleep(polite_pause(last))
-                continue
-            print(f"round {message.metadata.group_id}", flush=True)
-            started = time.monotonic()
-            context = Context(message.metadata.run_id, connection.node, {"site-config": str(path)}, RecordDict(), {})
-            reply = app(message, context)
-            sent = connection.answer(reply, time.monotonic() - started)
-            print("answer sent" if sent else "answer not wanted any more", flush=True)
-            last = time.monotonic()
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for every time that we ask
+    logs.begin()
     with stopped_by_sigterm():  # so that the coordinator is told that the site leaves
         answer_rounds(Path(sys.argv[1]))

@@ -1,14 +1,21 @@
 """What a site enforces by itself, whatever the coordinator asks."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from functools import lru_cache
 
+import numpy as np
+
+from wardround.client import approval
 from wardround.config import Protocol, SiteConfig, parse
 from wardround.config.correction import VARIATE
 from wardround.encoding import check_encoded, inflate, stepped
 from wardround.errors import ConfigError, PolicyRefusal, UpdateError
 from wardround.plan import architecture, refuse_unsound
-from wardround.update import Layout, State, Task, check_tensors, state_hash, unpack
+from wardround.update import Layout, State, Task, check_tensors, state_hash, unpack, withholds
+
+_LARGEST = 1000.0  # root mean square of a tensor; trained networks stay below ten
 
 
 def agreed_protocol(site: SiteConfig, task: Task) -> Protocol:
@@ -20,24 +27,48 @@ def agreed_protocol(site: SiteConfig, task: Task) -> Protocol:
         protocol = parse(json.loads(task.protocol), Protocol, "the coordinator's protocol")
     except (ValueError, ConfigError) as error:
         raise PolicyRefusal(f"the protocol cannot be read: {error}") from error
-    digest = protocol.digest()
-    if digest not in site.approved:
-        approved = ", ".join(known[:12] for known in site.approved) or "none"
+    why = approval.unapproved(site, protocol)
+    if why is not None:
+        approval.keep_waiting(site, protocol)
+        digest = protocol.digest()[:12]
         raise PolicyRefusal(
-            f"protocol {digest[:12]} is not approved here (approved: {approved}). "
-            "Read it with 'wardround check', then add its digest to `approved` in site.toml."
+            f"protocol {digest} {why}. At the site, 'wardround site approve SITE_TOML {digest}' shows it."
         )
-    try:
-        refuse_unsound(protocol)
-    except ConfigError as error:
-        raise PolicyRefusal(str(error)) from error
+    if not site.is_open(datetime.now().time()):  # local time, as a person writes it
+        raise PolicyRefusal(f"it is not within this site's hours, {site.hours}; ask again then.")
+    if (objection := next(objections(site, protocol), None)) is not None:
+        raise PolicyRefusal(objection)
     if not 1 <= task.round <= protocol.training.rounds:
         raise PolicyRefusal(f"round {task.round}: the approved protocol has rounds 1 to {protocol.training.rounds}.")
     return protocol
 
 
+def objections(site: SiteConfig, protocol: Protocol) -> Iterator[str]:
+    """Yield why a protocol is refused though a person approved it; of the images, `refuse_few` says the same."""
+    try:
+        refuse_unsound(protocol)
+    except ConfigError as error:
+        yield str(error)
+    for key in ("local_steps", "batch_size") if not withholds(protocol.privacy) else ():
+        least, found = getattr(site.minimum, key), getattr(protocol.training, key)
+        if found < least:
+            yield (
+                f"[training] {key} = {found}: expected at least {least}, for the coordinator sees updates without "
+                f"noise ([minimum] {key} in site.toml)."
+            )
+
+
+def refuse_few(site: SiteConfig, protocol: Protocol, images: int) -> None:
+    """Raise PolicyRefusal where an update without noise would tell of fewer images than this site allows."""
+    if images < site.minimum.images and not withholds(protocol.privacy):
+        raise PolicyRefusal(
+            f"this site has fewer than {site.minimum.images} images for this, and the coordinator sees updates without "
+            "noise ([minimum] images in site.toml)."
+        )
+
+
 def checked_state(protocol: Protocol, task: Task, held: State | None = None) -> State | None:
-    """Return the task's state, if it has the architecture that this site builds itself, all numbers finite.
+    """Return the task's state, if it has the architecture that this site builds itself, all numbers finite and bounded.
 
     Where the task holds a step, `held` is what it is added to; None comes back where that does not lead
     to the state that the coordinator names.
@@ -54,18 +85,34 @@ def checked_state(protocol: Protocol, task: Task, held: State | None = None) -> 
         raise PolicyRefusal(str(error)) from error
     if state is None:
         return None
+    _refuse_large(state)
     initial = {name: array for name, array in state.items() if not name.startswith(VARIATE)}
     if task.round == 1 and state_hash(initial) != protocol.initial_state:
         raise PolicyRefusal("round 1 does not start from the initial weights that the approved protocol names.")
     return state
 
 
+@lru_cache(maxsize=8)  # asked with every task, and a network is built for it
 def received(protocol: Protocol) -> Layout:
     """Return what a site takes from the coordinator: its own architecture, with SCAFFOLD a control variate for each."""
     layout = architecture(protocol)
     if protocol.training.correction.name != "scaffold":
         return layout
     return layout | {f"{VARIATE}{name}": spec for name, spec in layout.items()}
+
+
+def _refuse_large(state: State) -> None:
+    """Raise PolicyRefusal for a state that has blown up, before hours and privacy are spent on it."""
+    for name, array in state.items():
+        if array.dtype.kind != "f":  # a count
+            continue
+        with np.errstate(over="ignore"):
+            size = float(np.linalg.norm(array)) / max(1, array.size) ** 0.5
+        if size > _LARGEST:
+            raise PolicyRefusal(
+                f"the coordinator's state: tensor '{name}' has a root mean square of {size:.3g}, expected at most "
+                f"{_LARGEST:g}; its training diverged, or somebody made it up."
+            )
 
 
 def _from_held(

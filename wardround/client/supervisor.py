@@ -8,9 +8,11 @@ It only calls out, and listens on nothing.
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from wardround.client.kit import check_folders, check_kit, why_untrusted
+from wardround.client.reach import daily
 from wardround.config import SiteConfig
 from wardround.config.site import read_site
 from wardround.processes import NewLines, alone, running, stopped_by_sigterm
@@ -23,6 +25,7 @@ _UNTRUSTED = "the coordinator's certificate does not hold"
 # What of the node's log a person at the site is told; all else stays in the log.
 _SAYINGS = (
     (r"^connected as node ", "is connected"),
+    (r"^the coordinator cannot be reached \((by the proxy .*)\)$", r"cannot reach the coordinator \1; keeps trying"),
     (r"Name or service not known|nodename nor servname", "does not know the coordinator's host name; keeps trying"),
     (r"^the coordinator cannot be reached", "cannot reach the coordinator; keeps trying"),
     (r"^the coordinator is reached again", "reaches the coordinator again"),
@@ -49,18 +52,22 @@ def run_site(config_path: Path) -> None:
     site = read_site(path)
     check_kit(site, path)
     check_folders(site, path)
-    work = site.work.resolve()
+    assert site.coordinator is not None, "check_kit has looked"
+    work, ending = site.work.resolve(), daily(site.coordinator)
     with stopped_by_sigterm(), alone(work / "flower", "wardround site run"):
         pause = _SOON
         while True:
-            connected, reason = _connect_once(site, path, work)
+            connected, reason = _connect_once(site, path, work, ending)
             pause = _SOON if connected else min(_LATER, 2 * pause)
             print(f"site '{site.name}': {reason}; tries again in {pause:.0f} s", flush=True)
             time.sleep(pause)
 
 
-def _connect_once(site: SiteConfig, path: Path, work: Path) -> tuple[bool, str]:
-    """Run a node until it ends by itself; return whether it was connected, and why it ended."""
+def _connect_once(site: SiteConfig, path: Path, work: Path, ending: Iterator[list[str]]) -> tuple[bool, str]:
+    """Run a node until it ends by itself; return whether it was connected, and why it ended.
+
+    Meanwhile say what `ending` says of certificates.
+    """
     log, connected, reason, said = work / "logs" / "node.log", False, "its process ended", ""
     lines = NewLines(log)
     node = [sys.executable, "-m", "wardround.client.node", str(path)]
@@ -75,6 +82,8 @@ def _connect_once(site: SiteConfig, path: Path, work: Path) -> tuple[bool, str]:
                     print(f"site '{site.name}': {saying}", flush=True)
                     said = saying
                 connected |= line.startswith("connected as node ")
+            for line in next(ending):
+                print(f"site '{site.name}': {line}", flush=True)
             time.sleep(_POLL)
     if reason == _UNTRUSTED and site.coordinator is not None:
         reason = f"the coordinator's certificate {why_untrusted(site.coordinator)}"

@@ -36,6 +36,8 @@ class Entry:
     channels: int = 0
     patient: str = ""
     modality: str = ""
+    side: int = 0  # the shorter one of its frames, in pixels
+    burnt: bool = False  # whether its header says that text is burnt into its pixels
     series: str = ""  # a keyed hash too; volumes: the slices that share it are one
     reason: str = ""  # why it is quarantined
     excluded: str = ""  # the criterion it does not meet

@@ -50,6 +50,7 @@ def facts(path: Path) -> Facts:
         body_part=_code(dataset, "BodyPartExamined"),
         view=_code(dataset, "ViewPosition"),
         study_date=_date(text(dataset, "StudyDate")),
+        burnt=text(dataset, "BurnedInAnnotation").upper() == "YES",
         patient=text(dataset, "PatientID"),
         series=text(dataset, "SeriesInstanceUID"),
     )

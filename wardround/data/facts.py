@@ -34,6 +34,7 @@ class Facts:
     body_part: str = ""
     view: str = ""
     study_date: date | None = None
+    burnt: bool = False  # whether it says that text is burnt into its pixels
     patient: str = field(default="", repr=False)
     series: str = field(default="", repr=False)  # which DICOM slices are one volume
 

@@ -19,7 +19,7 @@ from wardround.data.intensities import to_square
 from wardround.data.listing import Listed, list_files
 from wardround.data.patients import pseudonym, read_opt_outs, read_salt
 from wardround.data.readers import quiet, read_facts, read_frames
-from wardround.data.selection import Selection, select
+from wardround.data.selection import Origin, Selection, select
 from wardround.errors import DataError
 
 
@@ -38,6 +38,7 @@ class Index:
     patients: int
     unnamed: int  # samples of which nothing says whose they are
     modalities: Mapping[str, int]  # samples by DICOM modality
+    burnt: tuple[str, ...] = ()  # paths of the files read whose header says that text is burnt into their pixels
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class SiteImages:
     patients: NDArray[np.int32]  # [N], 0..P-1: which images belong together
     named: NDArray[np.bool_]  # [N], whether anything says whose an image is; a nameless file is its own patient
     index: Index
+    origins: tuple[Origin, ...] = ()  # [N], what each one was cut from; none of it leaves the site
 
     @property
     def num_images(self) -> int:
@@ -64,8 +66,8 @@ def open_site(site: SiteConfig, data: DataConfig) -> SiteImages:
     Samples are in the order of their file's SHA-256, then of their frame. Raises DataError where no
     image is left, or where images have another number of channels than the federation's.
     """
-    listed = list_files(site)
     try:
+        listed = list_files(site, data.criteria)
         salt = read_salt(site.work)
         opt_outs = read_opt_outs(site.images.opt_out, site.name, salt)
         with quiet(), opened_cache(site.work, data, opt_outs) as cache:
@@ -88,7 +90,8 @@ def open_site(site: SiteConfig, data: DataConfig) -> SiteImages:
     index = _index(len(listed), selection, unopened)
     if not index.samples:
         raise DataError(f"site '{site.name}': {_nothing_left(index)}")
-    return SiteImages(images, np.array(selection.patients, np.int32), np.array(selection.named, bool), index)
+    patients, named = np.array(selection.patients, np.int32), np.array(selection.named, bool)
+    return SiteImages(images, patients, named, index, tuple(selection.origins))
 
 
 def _look(
@@ -141,6 +144,8 @@ def _entry(path: Path, data: DataConfig, salt: bytes) -> Entry:
         channels=facts.channels,
         patient=pseudonym(salt, facts.patient),
         modality=facts.modality,
+        side=min(facts.height, facts.width),
+        burnt=facts.burnt,
         series="" if data.dimensions == 2 else pseudonym(salt, facts.series),
         excluded=unmet(facts, data.criteria),
     )
@@ -233,6 +238,7 @@ def _index(files: int, selection: Selection, unopened: Sequence[tuple[str, str]]
         patients=max(selection.patients, default=-1) + 1,
         unnamed=selection.named.count(False),
         modalities={name: count for name, count in sorted(selection.modalities.items()) if count},
+        burnt=tuple(sorted(selection.burnt)),
     )
 
 

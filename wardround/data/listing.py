@@ -4,7 +4,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from wardround.config.federation import CriteriaConfig
 from wardround.config.site import SiteConfig
+from wardround.data.dicomweb import fetched
 from wardround.data.labels import chosen, read_rows
 from wardround.errors import DataError
 
@@ -19,9 +21,19 @@ class Listed:
     problem: str = ""  # why it is not even opened
 
 
-def list_files(site: SiteConfig) -> list[Listed]:
-    """Return every file of a site, sorted by name. Raises DataError where there is no folder or no file."""
+def list_files(site: SiteConfig, criteria: CriteriaConfig) -> list[Listed]:
+    """Return every file of a site, sorted by name. Raises DataError where there is no folder or no file.
+
+    The criteria spare a site what a search says it need not fetch; no file in a folder is left out for them.
+    """
     folder = site.images.folder
+    if site.images.kind == "dicomweb":
+        listed = [Listed(name, path, problem=problem) for name, path, problem in fetched(site, criteria)]
+        if not listed:
+            raise DataError(
+                f"site '{site.name}': the DICOMweb server has no object that takes part; see [images] filters."
+            )
+        return sorted(listed, key=lambda one: one.name)
     if not folder.is_dir():
         raise DataError(f"site '{site.name}': the images folder {folder} does not exist. Set [images] folder.")
     if site.work.resolve().is_relative_to(folder.resolve()):

@@ -3,11 +3,22 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 from wardround.config.federation import DataConfig
 from wardround.data.cache import Entry, Sample
 from wardround.data.listing import Listed
 from wardround.data.patients import pseudonym
+
+
+class Origin(NamedTuple):
+    """What an image was cut from."""
+
+    key: str  # of the content: SHA-256 of a file, or of a series' keys
+    side: int  # the shorter one of its frames, in pixels
+    modality: str  # a DICOM code
+    path: Path  # of the file, or of a series' first
 
 
 @dataclass
@@ -17,7 +28,9 @@ class Selection:
     order: list[Sample] = field(default_factory=list)
     patients: list[int] = field(default_factory=list)  # 0..P-1 by first appearance, so without the salt
     named: list[bool] = field(default_factory=list)  # whether a file or table says whose it is
+    origins: list[Origin] = field(default_factory=list)
     modalities: Counter[str] = field(default_factory=Counter)
+    burnt: list[str] = field(default_factory=list)
     read: int = 0
     duplicates: int = 0
     opted_out: int = 0
@@ -59,6 +72,9 @@ def select(
             patient = one[owners[key][0]] if owners[key] else key
             frames = _frames(entry, data, taken[patient], result.skipped_frames)
             taken[patient] += len(frames)
+            origin = Origin(key, entry.side, entry.modality or "not stated", contents[0][0].path)
+            result.origins += [origin] * len(frames)
+            result.burnt += [files[0].name for files in contents] if entry.burnt else []
             for frame in frames:
                 result.order.append((key, frame))
                 result.patients.append(numbers.setdefault(patient, len(numbers)))

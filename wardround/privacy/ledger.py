@@ -17,10 +17,15 @@ from sqlite3 import Connection
 from typing import Any
 
 from wardround.errors import BudgetExhausted, PolicyRefusal
-from wardround.privacy import ledger_table as table
+from wardround.privacy import chained_table as table
 from wardround.privacy.accounting import Mechanism, epsilon, upward
 
 _HEAD = re.compile(r"(\d{1,9}):([0-9a-f]{64})")
+LEDGER = table.Kind(
+    "ledger",
+    "'wardround site ledger recover' charges what is lacking",
+    ("CREATE TABLE IF NOT EXISTS gap (protocol TEXT PRIMARY KEY, content TEXT NOT NULL) STRICT",),
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Ledger:
 
     def rows(self) -> list[Row]:
         """Return all rows, oldest first."""
-        with table.transaction(self.path) as db:
+        with table.transaction(self.path, LEDGER) as db:
             return _rows(db)
 
     def mechanisms(self) -> list[Mechanism]:
@@ -78,7 +83,7 @@ class Ledger:
 
     def gaps(self) -> list[Intent]:
         """Return the intents that met a ledger without what their coordinator has seen; `recover` settles them."""
-        with table.transaction(self.path) as db:
+        with table.transaction(self.path, LEDGER) as db:
             return _gaps(db)
 
     def charge(self, intent: Intent, ceiling: float, delta: float) -> str:
@@ -88,7 +93,7 @@ class Ledger:
         BudgetExhausted where the row would take epsilon past the ceiling. Nothing is written then.
         """
         self.confirm(intent)
-        with table.transaction(self.path) as db:
+        with table.transaction(self.path, LEDGER) as db:
             rows = _rows(db)
             _check_terms(rows, intent.unit, delta)
             spent = [row.mechanism for row in rows]
@@ -109,7 +114,7 @@ class Ledger:
         """
         if intent.seen and not _HEAD.fullmatch(intent.seen):
             raise PolicyRefusal("the task's ledger is no LENGTH:HASH; the coordinator runs another release.")
-        with table.transaction(self.path) as db:
+        with table.transaction(self.path, LEDGER) as db:
             rows = _rows(db)
             if not _knows(rows, intent.seen):
                 content = json.dumps(asdict(intent), sort_keys=True)
@@ -130,7 +135,7 @@ class Ledger:
         the round at hand. The new row's number follows what was seen, so that lengths only grow.
         """
         written = []
-        with table.transaction(self.path) as db:
+        with table.transaction(self.path, LEDGER) as db:
             for gap in _gaps(db):
                 rows = _rows(db)
                 _check_terms(rows, gap.unit, delta)
@@ -150,7 +155,7 @@ class Ledger:
 def _rows(db: Connection) -> list[Row]:
     return [
         Row(seq, digest, **{**(content := json.loads(text)), "intent": _intent(content["intent"])})
-        for seq, text, digest in table.read(db)
+        for seq, text, digest in table.read(db, LEDGER)
     ]
 
 

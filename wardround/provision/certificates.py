@@ -12,6 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from wardround.signatures import AUTHORITY
+
 _DAYS_CA = 3650  # longer than a federation lives: a new CA means a new kit for every site
 _DAYS_SERVER = 825  # the most that Apple's TLS clients accept, the strictest in use
 _CLOCK = timedelta(days=1)  # certificates count from yesterday, for sites whose clock is behind
@@ -19,7 +21,7 @@ _CLOCK = timedelta(days=1)  # certificates count from yesterday, for sites whose
 
 def authority(name: str, key: EllipticCurvePrivateKey) -> bytes:
     """Return the PEM of a self-signed CA certificate that may issue server certificates only."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Wardround federation {name}"[:64])])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{AUTHORITY} {name}"[:64])])
     usage = _usage(key_cert_sign=True, crl_sign=True)
     certificate = (
         _builder(subject, subject, key.public_key(), key.public_key(), _DAYS_CA)

@@ -1,6 +1,6 @@
 """The kits: what each site receives, and how sites join, leave and change their key.
 
-    out/<site>/   ca.crt coordinator.pub site.pub site.toml README.md SHA256SUMS SHA256SUMS.sig
+    out/<site>/   ca.crt coordinator.pub site.pub site.toml compose.yaml README.md SHA256SUMS SHA256SUMS.sig
                   site.key   unless the site made its key itself
 
 Nothing that exists is written over, so a second run adds what is missing. A kit that was handed over and
@@ -14,6 +14,7 @@ from string import Template
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
+from wardround import __version__
 from wardround.client.kit import KIND, SIGNATURE, SUMS, UNSIGNED
 from wardround.config import FederationConfig
 from wardround.errors import ConfigError
@@ -24,7 +25,7 @@ from wardround.server.membership import Membership, check_declared, public_key, 
 from wardround.signatures import fingerprint
 from wardround.signatures import sign as signed
 
-_TEMPLATES = ("site.toml", "README.md")
+_TEMPLATES = ("site.toml", "compose.yaml", "README.md")
 
 
 def provision(config: FederationConfig, out: Path, sites: Sequence[str] = (), address: str | None = None) -> Membership:
@@ -138,7 +139,7 @@ def _join(
 def _write(config: FederationConfig, out: Path, address: str, site: str, line: str) -> None:
     """Write a kit's files that are not there; the checksums come last and say that it is whole."""
     home, coordinator = out / site, folder(out)
-    names = {"site": site, "federation": config.name, "address": address}
+    names = {"site": site, "federation": config.name, "address": address, "version": __version__}
     blocks = {
         "ca.crt": (coordinator / "ca.crt").read_bytes(),
         "coordinator.pub": keys.public_pem(signing_key(coordinator)),
@@ -149,7 +150,7 @@ def _write(config: FederationConfig, out: Path, address: str, site: str, line: s
     for name in missing:
         write_file(home / name, blocks[name])
     if missing or not (home / SIGNATURE).exists():
-        listed = sorted(path for path in home.iterdir() if path.name not in UNSIGNED and path.suffix != ".csr")
+        listed = sorted(home / name for name in blocks if name not in UNSIGNED)
         sums = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in listed).encode()
         write_file(home / SUMS, sums)
         write_file(home / SIGNATURE, signed(signing_key(coordinator), KIND, sums))

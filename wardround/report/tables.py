@@ -77,6 +77,17 @@ def budget_table(config: FederationConfig, sites: Mapping[str, Budget]) -> Table
     return made
 
 
+def check_table(findings: Iterable[tuple[str, str, str, str]]) -> Table:
+    """Return what `wardround site check` found: what, found, severity, and a remedy, which stands below the table."""
+    made = table("Site check", "what", "", "found")
+    styles = {"well": "green", "warning": "yellow", "problem": "bold red"}
+    for column in made.columns[1:]:
+        column.justify, column.overflow = "left", "fold"
+    for what, found, severity, _ in findings:
+        made.add_row(what, f"[{styles[severity]}]{severity}[/]", escape(found))
+    return made
+
+
 def index_table(sites: Mapping[str, SiteImages]) -> Table:
     """Return what was found at each site."""
     made = table("Sites", "site", "patients", "images", "quarantined", "excluded", "opted out")

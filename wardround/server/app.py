@@ -14,6 +14,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from wardround.server.buffer import fill
+from wardround.server.live import Live, Now
 from wardround.server.roster import Roster
 from wardround.server.rounds import run_rounds
 from wardround.server.run_folder import RunFolder, open_run, reread
@@ -74,6 +75,11 @@ class Fleet:
         self.gone: dict[str, Sent] = {}  # by the site, which is asked anew once it is back, and replays what it has
         self.late: dict[str, tuple[str, int]] = {}  # site and round of those past their deadline, without the state
         self.dropped = 0
+        self.live = Live(run.path)
+        self.seen = dict(self.live.last.seen)  # site -> when it was last connected
+        self.connected: list[str] = []
+        self.rounds: dict[str, int] = {}  # site -> the round that it was last asked in
+        self.refused: dict[str, tuple[int, str]] = {}  # site -> the round that it gave nothing for, and why
         self.meet(run)
 
     def meet(self, run: RunFolder) -> None:
@@ -105,7 +111,9 @@ class Fleet:
         nodes = self.wait_for(list(tasks))
         for site in sorted(tasks.keys() - nodes.keys()):
             silent = Refusal("silent", f"was not connected after {self.patience:.0f} s")
-            yield site, silent if site in self.keys else REVOKED
+            absent = silent if site in self.keys else REVOKED
+            self.refused[site] = (tasks[site].round, f"{absent.code}: {absent.text}")
+            yield site, absent
         self._push(tasks, nodes)
         while self.busy():
             if (came := self.receive()) is not None:
@@ -127,6 +135,13 @@ class Fleet:
 
     def receive(self) -> tuple[str, bytes | Refusal] | None:
         """Return the next answer, or None where none has come for a moment; who is silent too long is refused."""
+        came = self._next()
+        if came is not None and isinstance(came[1], Refusal):
+            self.refused[came[0]] = (self.rounds.get(came[0], 0), f"{came[1].code}: {came[1].text}")
+        self._tell()
+        return came
+
+    def _next(self) -> tuple[str, bytes | Refusal] | None:
         self.drop_late()
         for site in self.revoked([*self.gone, *(sent.site for sent in self.out.values())]):
             self.gone.pop(site, None)
@@ -177,6 +192,7 @@ class Fleet:
             online, gone = self.online(), self.revoked(sites)
             nodes = {site: online[site] for site in sorted(sites) if site in online and site not in gone}
             left = deadline - time.monotonic()
+            self._tell(time.time() + left)
             if len(nodes) >= min(least or len(sites), len(sites) - len(gone)) or left <= 0:
                 return nodes
             if time.monotonic() - said > 10:
@@ -189,7 +205,19 @@ class Fleet:
     def online(self) -> dict[str, int]:
         """Return the node of each member that is connected."""
         nodes = {node.public_key: node.node_id for node in self.grid.get_nodes()}
-        return {self.sites[key]: node for key, node in nodes.items() if key in self.sites}
+        found = {self.sites[key]: node for key, node in nodes.items() if key in self.sites}
+        self.seen |= dict.fromkeys(found, time.time())
+        self.connected = sorted(found)
+        return found
+
+    def _tell(self, until: float | None = None) -> None:
+        """Say how things stand to whoever looks at the run folder; `until` is how long sites are waited for."""
+        if self.live.due:
+            self.online()
+        now, ahead = time.time(), time.time() - time.monotonic()
+        waited = [*self.out.values(), *self.gone.values()]
+        asked = {sent.site: (sent.round, float(round(ahead + sent.deadline))) for sent in waited}
+        self.live.tell(Now(now, self.connected, self.seen, asked, self.refused, until and round(until)))
 
     def _push(self, tasks: Mapping[str, Task], nodes: Mapping[str, int], deadline: float | None = None) -> None:
         messages = [
@@ -204,6 +232,10 @@ class Fleet:
         deadline = deadline or time.monotonic() + self.deadline
         sent = [Sent(tasks[site].round, site, deadline, tasks[site]) for site in nodes]
         self.out |= zip(self.grid.push_messages(messages), sent, strict=True)
+        for one in sent:
+            self.rounds[one.site] = one.round
+            self.refused.pop(one.site, None)
+        self._tell()
 
 
 def _public_key(member: str) -> EllipticCurvePublicKey | None:

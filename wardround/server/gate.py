@@ -23,6 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from wardround.errors import ConfigError, WardroundError
+from wardround.logs import JsonFormatter, as_json
 from wardround.processes import open_log
 
 # All that a SuperNode with a registered key asks for; SuperLink checks the key on each of them.
@@ -128,7 +129,9 @@ def _log_config(log: Path) -> dict[str, Any]:
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(message)s"}},
+        "formatters": {
+            "line": {"()": JsonFormatter} if as_json() else {"format": "%(asctime)s %(levelname)s %(message)s"}
+        },
         "handlers": {"file": {"class": "logging.FileHandler", "filename": str(log), "formatter": "line"}},
         "loggers": {"uvicorn": {"handlers": ["file"], "level": "INFO", "propagate": False}},
     }

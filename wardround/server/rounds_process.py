@@ -5,13 +5,13 @@
 What a person should see it prints, line by line; an error of a user's is its last line, and exit 2.
 """
 
-import logging
 import sys
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from wardround import logs
 from wardround.connection import coordinating
 from wardround.errors import WardroundError
 from wardround.server.app import run_federation
@@ -35,6 +35,5 @@ def main(folder: str, kit: str, address: str, secret: str, number: str) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for every time that we ask
+    logs.begin()
     main(*sys.argv[1:])

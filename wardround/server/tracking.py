@@ -5,7 +5,8 @@ round that is not yet logged is logged at the next commit, or by the next start 
 """
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from wardround.registry.mlflow_store import Store
 from wardround.registry.versions import versions
 from wardround.report.curves import draw_losses
 from wardround.server.run_folder import RunFolder
-from wardround.update import MEASURED, WITHHELD, collapsed
+from wardround.update import DRIFT, MEASURED, WITHHELD, collapsed
 
 # What loads torch, half a gigabyte, is imported where images are drawn or a release is written: rounds need it not.
 
+Sites = Mapping[str, Mapping[str, Any]]  # what each site declared in a round
+CURVES_EVERY = 10.0  # seconds: the curves take a third of one, and rounds of small networks not much more
 ALIAS = "candidate"  # what the last committed round is released as
 FEWEST = 8  # images to judge a collapse by: so few may well be alike
 
@@ -38,11 +41,14 @@ class Tracking:
     def __init__(self, run: RunFolder) -> None:
         self.run = run
         self.warned = False
+        self.drawn = -CURVES_EVERY  # of time.monotonic, which begins at 0
 
     def committed(self, number: int) -> None:
         """Say, draw and log what a commit brought."""
         tqdm.write(round_line(self.run, number))
-        for warning in collapse_lines(self.run.record(number)["sites"]):
+        sites = self.run.record(number)["sites"]
+        before = [self.run.record(earlier)["sites"] for earlier in range(1, number)]
+        for warning in (*collapse_lines(sites), *drift_lines(sites, before), *audit_lines(sites, before)):
             tqdm.write(warning)
         self.draw(number)
         try:
@@ -54,12 +60,9 @@ class Tracking:
 
     def draw(self, number: int) -> None:
         """Write the round's pictures, of the coordinator's own images only."""
-        losses: dict[str, list[tuple[int, float]]] = {}
-        for earlier in range(1, number + 1):
-            for site, figures in self.run.record(earlier)["sites"].items():
-                points = losses.setdefault(site, [])
-                points += [(earlier, figures["loss"])] if figures["loss"] is not None else []
-        draw_losses(losses, self.run.path / "losses.png", self.run.config.name)
+        if number == self.run.config.training.rounds or time.monotonic() > self.drawn + CURVES_EVERY:
+            self._draw_losses(number)
+            self.drawn = time.monotonic()
         if self.images is not None:
             from wardround.report.neighbours import draw_neighbours
             from wardround.report.reconstruction import draw_reconstructions
@@ -69,6 +72,14 @@ class Tracking:
             drawn = (self.run.config, state, self.images, self._picture(number), title)
             if not draw_reconstructions(*drawn):
                 draw_neighbours(*drawn)
+
+    def _draw_losses(self, number: int) -> None:
+        losses: dict[str, list[tuple[int, float]]] = {}
+        for earlier in range(1, number + 1):
+            for site, figures in self.run.record(earlier)["sites"].items():
+                points = losses.setdefault(site, [])
+                points += [(earlier, figures["loss"])] if figures["loss"] is not None else []
+        draw_losses(losses, self.run.path / "losses.png", self.run.config.name)
 
     def log(self) -> None:
         """Log every committed round that has no mark yet. Raises TrackingError where MLflow is not there."""
@@ -229,6 +240,34 @@ def collapse_lines(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"warning: site '{site}': features collapse (effective rank {rank:.1f}, spread "
                 f"{spread:.3f}): all images look alike to the backbone. Lower [training] learning_rate, "
                 "or take norm = 'batch' or a method with negatives (docs/methods.md)."
+            )
+    return lines
+
+
+def drift_lines(sites: Sites, before: Sequence[Sites]) -> list[str]:
+    """Return a line for each site whose new images have come to be further from its first ones than a round before."""
+    last = {site: declared.get("drift") for earlier in before for site, declared in earlier.items()}
+    return [
+        f"warning: site '{site}': its new images drift from those that it began with: {declared['drift']}. The site's "
+        "own log says by what; ask there whether a scanner or an export has changed."
+        for site, declared in sites.items()
+        if declared.get("drift") in DRIFT[1:] and declared["drift"] != last.get(site)
+    ]
+
+
+def audit_lines(sites: Sites, before: Sequence[Sites]) -> list[str]:
+    """Return a line for each site whose audit log is not longer than one that it had before: it was cut or restored.
+
+    An update leaves with at least one row more than the one before, that of its own task.
+    """
+    heads = [{site: declared.get("audit") or "0:" for site, declared in earlier.items()} for earlier in before]
+    lines = []
+    for site, declared in sites.items():
+        seen = max((int(one[site].partition(":")[0]) for one in heads if site in one), default=0)
+        if declared.get("audit") and (length := int(declared["audit"].partition(":")[0])) <= seen:
+            lines.append(
+                f"warning: site '{site}': its audit log has {length} rows, and had {seen} before: it was cut, or put "
+                "back from a copy. Ask the site."
             )
     return lines
 

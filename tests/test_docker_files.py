@@ -1,0 +1,183 @@
+"""What a person starts containers from: the same hardening everywhere, no wrong key, no secret, one port."""
+
+import copy
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from conftest import ROOT, tiny
+
+from wardround import __version__
+from wardround.processes import free_port
+from wardround.provision import provision
+from wardround.server.gate import gate
+from wardround.signatures import fingerprint
+
+COORDINATOR = ROOT / "docker" / "compose.coordinator.yaml"
+MANIFESTS = list(yaml.safe_load_all((ROOT / "docker" / "kubernetes" / "coordinator.yaml").read_text()))
+KUBERNETES = kubernetes_validate.latest_version()
+
+
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("kits")
+    provision(tiny(membership={"sites": {"lyon": 1.0}}), out)
+    return out
+
+
+def schema_errors(path: Path) -> str:
+    """Return what the Compose Specification's schema says against a file."""
+    program = Path(sys.executable).parent / "check-jsonschema"
+    done = subprocess.run([program, "--builtin-schema", "vendor.compose-spec", path], capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    return done.stdout if done.returncode else ""
+
+
+def services(path: Path) -> dict[str, Any]:
+    """Return a compose file's services, what they share filled in."""
+    found = yaml.safe_load(path.read_text())["services"]
+    assert found
+    return dict(found)
+
+
+def test_the_compose_files_follow_the_specification_and_a_misspelt_key_does_not(kits: Path, tmp_path: Path) -> None:
+    kit = kits / "lyon" / "compose.yaml"
+    assert schema_errors(COORDINATOR) == schema_errors(kit) == ""
+    (tmp_path / "compose.yaml").write_text(kit.read_text().replace("cap_drop:", "cap_dorp:"))
+    assert "cap_dorp" in schema_errors(tmp_path / "compose.yaml")
+
+
+def test_every_container_is_hardened(kits: Path) -> None:
+    for path in (COORDINATOR, kits / "lyon" / "compose.yaml"):
+        for name, service in services(path).items():
+            assert service["read_only"] is True, name
+            assert service["cap_drop"] == ["ALL"], name
+            assert service["security_opt"] == ["no-new-privileges:true"], name
+            assert service["user"] not in ("root", "0", "0:0"), name
+            assert service["pids_limit"] and service["mem_limit"], name
+            assert all("noexec,nosuid,nodev" in mount for mount in service["tmpfs"]), name
+            assert not {"cap_add", "privileged", "devices", "network_mode", "pid", "ipc"} & service.keys(), name
+
+
+def test_only_the_gate_is_published_and_mlflow_and_its_database_have_no_way_out(kits: Path) -> None:
+    found = services(COORDINATOR)
+    assert [name for name, service in found.items() if "ports" in service] == ["coordinator"]
+    assert found["coordinator"]["ports"] == ["${WARDROUND_PORT:-8500}:8500"]
+    assert yaml.safe_load(COORDINATOR.read_text())["networks"]["inside"] == {"internal": True}
+    for name in found.keys() - {"coordinator"}:
+        assert list(found[name]["networks"]) == ["inside"], name
+    assert all("ports" not in service for service in services(kits / "lyon" / "compose.yaml").values())
+
+
+def test_a_site_writes_to_its_work_folder_alone(kits: Path) -> None:
+    for service in services(kits / "lyon" / "compose.yaml").values():
+        mounts = {mount["target"]: mount.get("read_only", False) for mount in service["volumes"]}
+        assert mounts == {"/site": True, "/site/work": False, "/data/images": True}
+
+
+def test_the_kits_container_is_of_the_version_that_made_the_kit_and_is_covered_by_its_checksums(kits: Path) -> None:
+    image = f"${{WARDROUND_IMAGE:-localhost/wardround-site:{__version__}}}"
+    assert all(service["image"] == image for service in services(kits / "lyon" / "compose.yaml").values())
+    assert f"wardround-coordinator:{__version__}}}" in COORDINATOR.read_text()
+    assert f"wardround-coordinator:{__version__} " in (ROOT / "docker" / "kubernetes" / "coordinator.yaml").read_text()
+    assert "  compose.yaml\n" in (kits / "lyon" / "SHA256SUMS").read_text()
+
+
+def test_no_secret_stands_in_a_compose_file(kits: Path) -> None:
+    for path in (COORDINATOR, kits / "lyon" / "compose.yaml"):
+        for name, service in services(path).items():
+            secret = [key for key in service.get("environment", {}) if re.search("PASSWORD|TOKEN|SECRET|KEY", key)]
+            assert all(key.endswith("_FILE") for key in secret), name
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda manifest: str(manifest["kind"]))
+def test_each_manifest_is_what_kubernetes_takes(manifest: dict[str, Any]) -> None:
+    assert "namespace" not in manifest["metadata"]
+    kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda pod: pod["containers"][0]["securityContext"].update(readOnlyRootFileSystem=True),
+        lambda pod: pod.update(terminationGracePeriodSeconds="a minute"),
+        lambda pod: pod["containers"][0].pop("name"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(spoil: Callable[[dict[str, Any]], Any]) -> None:
+    wrong = copy.deepcopy(MANIFESTS[0])
+    spoil(wrong["spec"]["template"]["spec"])
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
+
+
+def test_the_pod_is_hardened_as_the_container_is_and_only_its_gate_is_reached() -> None:
+    job, _, service, policy = MANIFESTS
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    assert {mount["name"] for mount in container["volumeMounts"] if not mount.get("readOnly")} == {"runs", "tmp"}
+    label = job["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"] == policy["spec"]["podSelector"]["matchLabels"] == label
+    assert [port["targetPort"] for port in service["spec"]["ports"]] == ["gate"]
+    assert policy["spec"]["ingress"] == [{"ports": [{"protocol": "TCP", "port": "gate"}]}]
+    assert [port["name"] for port in container["ports"]] == ["gate"]
+
+
+def test_a_gate_without_a_superlink_behind_it_is_not_well(kits: Path, tmp_path: Path) -> None:
+    port, kit = free_port(), kits / "coordinator"
+    answers = [sys.executable, ROOT / "docker" / "answers.py", kit / "ca.crt", str(port)]
+    assert subprocess.run(answers, stderr=subprocess.DEVNULL).returncode == 1  # nobody is there
+    with gate(kit, "127.0.0.1", port, free_port(), tmp_path / "gate.log"):
+        assert subprocess.run(answers, capture_output=True, text=True).stderr == ""  # TLS holds
+        assert subprocess.run(answers).returncode == 1
+
+
+def test_a_site_verifies_an_image_with_what_its_kit_pins_before_it_has_any_program_of_ours(
+    kits: Path, tmp_path: Path
+) -> None:
+    """The commands are those of the Makefile and of the kit's README; the archive is a small one."""
+    plan = ["make", "-n", "image-archive", f"KITS={kits}", "ENGINE=podman", "ARCHIVE=image.tar.gz"]
+    making = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    (tmp_path / "dist").mkdir()
+    archive = tmp_path / "dist" / "image.tar.gz"
+    archive.write_bytes(b"layers")
+    for line in making[2:]:  # not the first, which asks the engine for an image of gigabytes
+        subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True)
+    readme = (kits / "lyon" / "README.md").read_text()
+    verify = re.findall(r"^    ((?:openssl|sha256sum) .*IMAGE\.tar\.gz.*)$", readme, flags=re.MULTILINE)
+    shutil.copy(kits / "lyon" / "coordinator.pub", tmp_path / "dist")
+
+    def verdicts() -> list[bool]:
+        lines = [line.replace("IMAGE", "image") for line in verify]
+        return [subprocess.run(["sh", "-c", line], cwd=tmp_path / "dist").returncode == 0 for line in lines]
+
+    assert verdicts() == [True, True]
+    archive.write_bytes(b"other layers")
+    assert verdicts() == [True, False]
+    subprocess.run(["sh", "-c", "sha256sum image.tar.gz > image.tar.gz.sha256"], cwd=tmp_path / "dist", check=True)
+    assert verdicts() == [False, True]
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed")
+def test_the_pinned_keys_fingerprint_is_shown_without_our_program(kits: Path) -> None:
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    key = load_pem_public_key((kits / "lyon" / "coordinator.pub").read_bytes())
+    (line,) = re.findall(r"^    (ssh-keygen .*)$", (kits / "lyon" / "README.md").read_text(), flags=re.MULTILINE)
+    shown = subprocess.run(["sh", "-c", line], cwd=kits / "lyon", capture_output=True, text=True, check=True).stdout
+    assert fingerprint(key) in shown  # type: ignore[arg-type]

@@ -1,0 +1,92 @@
+"""Two releases of the wire, and texts of a hostile site: said by both ends, and harmless to read."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, RecordDict
+from honest_sites import Sites, ignore, make_run
+from test_signatures import COORDINATOR, LYON, TASK, reply
+
+from wardround import wire
+from wardround.errors import PolicyRefusal
+from wardround.server.rounds import run_rounds
+from wardround.signatures import sign
+from wardround.update import Refusal, Task, Update
+from wardround.wire import VERSION, message_to_answer, records_to_task, task_to_records
+
+OLDER = VERSION - 1
+
+
+def test_a_site_refuses_a_coordinator_of_another_version_and_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "VERSION", OLDER)
+    records = task_to_records(TASK, "lyon", COORDINATOR)
+    monkeypatch.undo()
+    with pytest.raises(PolicyRefusal, match=f"speaks wire version {OLDER}, this site {VERSION}; upgrade the older"):
+        records_to_task(records, "lyon", COORDINATOR.public_key())
+
+
+def test_the_coordinator_refuses_an_update_of_another_version_and_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "VERSION", OLDER)
+    message = reply(b"update", "lyon", "3", LYON)
+    monkeypatch.undo()
+    found = message_to_answer(message, "lyon", "3", LYON.public_key())
+    assert found == Refusal("version", f"it speaks wire version {OLDER}, the coordinator {VERSION}; upgrade the older.")
+
+
+def test_an_update_from_before_there_was_a_version_in_it_is_refused_as_such() -> None:
+    message = reply(b"update", "lyon", "3", LYON)
+    del message.content["signed"]["wire"]
+    found = message_to_answer(message, "lyon", "3", LYON.public_key())
+    assert isinstance(found, Refusal) and "wire version 4 or older" in found.text
+
+
+def test_a_refusal_of_any_version_is_read_so_that_the_reason_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the oldest release would send: these three fields, signed so."""
+    text = f"the coordinator speaks wire version {VERSION}, this site 4; upgrade the older."
+    signature = sign(LYON, "refusal", "lyon", "3", "policy", text)
+    message = reply(Refusal("", ""), "lyon", "3", LYON)
+    message.content["refusal"] = ConfigRecord({"code": "policy", "text": text, "signature": signature})
+    assert message_to_answer(message, "lyon", "3", LYON.public_key()) == Refusal("policy", text)
+
+
+@pytest.mark.parametrize("spoken", ["9\x1b[2J", "x" * 10_000, -1, 4.5])
+def test_a_version_that_is_none_is_refused_on_one_short_line(spoken: Any) -> None:
+    sound = task_to_records(TASK, "lyon", None)
+    fields = {**sound.config_records["task"], "wire": spoken}
+    records = RecordDict({"task": ConfigRecord(fields), "state": sound.array_records["state"]})
+    with pytest.raises(PolicyRefusal) as refused:
+        records_to_task(records, "lyon", None)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 120
+
+
+def test_the_text_of_a_refusal_is_one_line_that_moves_no_cursor() -> None:
+    evil = Refusal("policy\x1b[2J", "no\nround 9 of 9: all is well\r\x1b]0;title\x07" + "x" * 1000)
+    found = message_to_answer(reply(evil, "lyon", "3", LYON), "lyon", "3", LYON.public_key())
+    assert isinstance(found, Refusal)
+    assert found.code == "policy?[2J" and found.text.isprintable() and len(found.text) == 500
+
+
+def test_a_task_says_its_version_in_what_is_signed() -> None:
+    records = task_to_records(TASK, "lyon", COORDINATOR)
+    fields = dict(records.config_records["task"])
+    assert fields["wire"] == VERSION
+    fields.pop("signature")
+    assert "wire" in json.dumps(fields)
+
+
+class Mixed(Sites):
+    """Three honest sites, each of another release of one wire version."""
+
+    def update(self, site: str, task: Task) -> Update:
+        made = super().update(site, task)
+        return dataclasses.replace(made, declared=dataclasses.replace(made.declared, version=f"0.1.{len(site)}-{site}"))
+
+
+def test_releases_of_one_wire_version_work_together_and_the_record_says_which(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run_rounds(run, Mixed(run), ignore)
+    said = {site: declared["version"] for site, declared in run.record(2)["sites"].items()}
+    assert said == {site: f"0.1.4-{site}" for site in ("lyon", "oslo", "wien")}
