@@ -206,7 +206,7 @@ def _approval(site: SiteConfig, plan: Plan) -> list[Finding]:
     """Say whether this federation's rounds would be trained here."""
     short = plan.digest[:12]
     if (why := approval.unapproved(site, plan.protocol)) is not None:
-        return [Finding("approval", f"{short} {why}", "warning", f"wardround site approve SITE_TOML {short}")]
+        return [Finding("approval", f"{short} {why}", "warning", "wardround site approve SITE_TOML FEDERATION_TOML")]
     if objection := next(policy.objections(site, plan.protocol), None):
         return [Finding("approval", f"{short} is approved, and would be refused: {objection}", "problem")]
     return [Finding("approval", f"{short} is approved")]
