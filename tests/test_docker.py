@@ -173,6 +173,21 @@ def containers(images: dict[str, float], tmp_path_factory: pytest.TempPathFactor
         print(f"\n{images}")
 
 
+def test_a_compressed_image_is_loaded_as_the_kits_readme_says(containers: Containers) -> None:
+    """A small one: the site's own takes minutes."""
+    small, archive = "localhost/wardround-small:1", containers.folder / "small.tar.gz"
+    base = OWN if works("image", "inspect", OWN) else OFFICIAL
+    ask("tag", base, small)
+    subprocess.run(["bash", "-o", "pipefail", "-c", f"{ENGINE} save {small} | gzip -1 > {archive}"], check=True)
+    ask("rmi", small)
+    readme = (containers.kits / SITES[0] / "README.md").read_text()
+    (line,) = [line for line in readme.splitlines() if "gunzip" in line]
+    load = line.replace("IMAGE", "small").replace("docker", ENGINE)
+    subprocess.run(["bash", "-o", "pipefail", "-c", load], cwd=containers.folder, check=True, capture_output=True)
+    assert works("image", "inspect", small)
+    ask("rmi", small)
+
+
 @pytest.mark.parametrize("who", ["coordinator", "mlflow", SITES[0]])
 def test_no_process_has_root_or_a_capability_or_may_gain_one(containers: Containers, who: str) -> None:
     script = "grep -hE '^(Uid|CapEff|CapPrm|CapBnd|NoNewPrivs|Seccomp):' /proc/[0-9]*/status | sort -u"
