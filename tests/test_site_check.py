@@ -216,7 +216,6 @@ def test_a_certificate_that_ends_within_30_days_is_a_warning_here_and_daily_whil
 
 def test_a_federation_that_nobody_approved_is_a_warning_that_says_how(kits: Path) -> None:
     found = checked(kits, tiny(seed=9))["approval"]
-    digest = resolve(tiny(seed=9)).digest[:12]
     assert (found.severity, found.remedy) == ("warning", "wardround site approve SITE_TOML FEDERATION_TOML")
 
 
