@@ -34,7 +34,7 @@ ACCOUNT = 10001
 SITES = ("hillcrest", "northgate")
 CONFIG = merged(TINY, {"name": "contained", "membership": {"sites": dict.fromkeys(SITES, 1.0), "min_sites": 2}})
 IMAGES = {name: f"localhost/wardround-{name}:{__version__}" for name in ("site", "coordinator")}
-OFFICIAL, OWN = "docker.io/library/python:3.11-slim", "localhost/wardround-base:bookworm"
+OFFICIAL, OWN = "python:3.11-slim", "localhost/wardround-base:bookworm"
 NETWORK = "wardround-test"
 
 pytestmark = [
