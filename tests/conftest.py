@@ -3,13 +3,16 @@
 import contextlib
 import csv
 import subprocess
-from collections.abc import Callable, Collection
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from PIL import Image
 
 from wardround.config import FederationConfig, parse
@@ -102,6 +105,22 @@ def write_labelled(
     with (folder / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("file", "label", "patient", "site", "split"), *rows])
     return folder
+
+
+@contextlib.contextmanager
+def serving_in_a_thread(config: uvicorn.Config) -> Iterator[None]:
+    """Serve while the block runs."""
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def end_all(processes: Collection[subprocess.Popen[Any]], seconds: float = 30) -> None:

@@ -6,13 +6,12 @@ Orthanc the same where it is installed.
 
 import contextlib
 import io
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from conftest import serving_in_a_thread
 from data_objects import image_object, some_pixels
 from pydicom import Dataset, dcmread
 from starlette.applications import Starlette
@@ -129,14 +128,5 @@ def serving(archive: Archive, certificate: Path | None = None, key: Path | None 
     port = free_port()
     tls = {"ssl_certfile": certificate, "ssl_keyfile": str(key)} if certificate else {}
     config = uvicorn.Config(Starlette(routes=routes), port=port, ws="none", log_config=None, **tls)  # type: ignore[arg-type]
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
+    with serving_in_a_thread(config):
         yield f"{'https' if certificate else 'http'}://localhost:{port}/dicom-web"
-    finally:
-        server.should_exit = True
-        thread.join()

@@ -1,5 +1,6 @@
 """The audit log: every message in and out of a site is in it before the answer leaves, and nothing in it changes."""
 
+import io
 import json
 import os
 import shutil
@@ -17,15 +18,17 @@ from conftest import ROOT, tiny, write_labelled
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from rich.console import Console
 
 from wardround import simulate as simulation
 from wardround.client import app as client_app
-from wardround.client.audit import AuditLog, Crossing, Exchange
+from wardround.client.audit import AuditLog, Crossing, Exchange, Row
 from wardround.config import read_site
 from wardround.errors import CheckpointError, WardroundError
 from wardround.privacy.accounting import epsilon
 from wardround.privacy.ledger import Ledger
 from wardround.provision import provision
+from wardround.report.audit import audit_table
 from wardround.server.rounds import tasks_of
 from wardround.server.run_folder import open_run
 from wardround.server.tracking import audit_lines
@@ -249,6 +252,14 @@ def test_what_a_private_round_spent_stands_beside_its_update(tmp_path: Path) -> 
     assert [row.epsilon for row in rows] == [None, epsilon(spent[:1], 1e-5), None, epsilon(spent, 1e-5)]
     declared = run.record(2)["sites"]["lyon"]
     assert declared["audit"].startswith("3:") and declared["drift"] is None
+
+
+def test_a_person_reads_an_epsilon_that_is_rounded_up_and_under_what_it_is_meant() -> None:
+    row = Row(1, "a" * 64, "2026-01-01T00:00:00Z", Crossing("out", "peer", "update", 1, "d" * 16, 1, "b" * 64, 3.1411))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(audit_table([row.flat()]))
+    shown = console.export_text()
+    assert "3.142" in shown and "adding or removing one of its units" in shown
 
 
 def heads(*lengths: int) -> list[dict[str, dict[str, Any]]]:

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import itertools
-import threading
 import time
 from base64 import b64decode
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from conftest import tiny
+from conftest import serving_in_a_thread, tiny
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -159,17 +158,8 @@ def serving(fleet: Scripted, kits: Path) -> Iterator[int]:
     port, kit = free_port(), kits / "coordinator"
     app = Starlette(routes=[Route("/v1/fleet/{name}", fleet.answer, methods=["POST"])])
     files = {"ssl_certfile": kit / "server.crt", "ssl_keyfile": str(kit / "server.key")}
-    server = uvicorn.Server(uvicorn.Config(app, port=port, ws="none", log_config=None, date_header=False, **files))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
+    with serving_in_a_thread(uvicorn.Config(app, port=port, ws="none", log_config=None, date_header=False, **files)):
         yield port
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @contextlib.contextmanager

@@ -6,15 +6,13 @@ An echo over TLS stands in for SuperLink; tests/test_network_smoke.py knocks at 
 import contextlib
 import http.client
 import ssl
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 import uvicorn
-from conftest import tiny
+from conftest import serving_in_a_thread, tiny
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -44,15 +42,8 @@ def echoing(kit: Path) -> Iterator[int]:
     port = free_port()
     app = Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST"])])
     files = {"ssl_certfile": kit / "server.crt", "ssl_keyfile": str(kit / "server.key")}
-    server = uvicorn.Server(uvicorn.Config(app, port=port, ws="none", log_config=None, **files))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield port
-    server.should_exit = True
-    thread.join()
+    with serving_in_a_thread(uvicorn.Config(app, port=port, ws="none", log_config=None, **files)):
+        yield port
 
 
 @pytest.fixture(scope="module")

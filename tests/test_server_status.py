@@ -106,6 +106,7 @@ def test_under_privacy_declared_numbers_and_epsilon_stand_where_images_are_withh
     shown = text(status)
     assert "withheld; 2,000 patients declared" in shown
     assert "3.142 of 8" in shown, "epsilon is rounded up"
+    assert "under adding or removing one patient, at delta = 1e-05" in " ".join(shown.split())
 
 
 def test_a_whole_site_as_unit_spends_for_all(tmp_path: Path) -> None:

@@ -176,6 +176,11 @@ def state_hash(state: Mapping[str, Array]) -> str:
     return sha.hexdigest()
 
 
+def printable(text: str) -> str:
+    """Return a text from outside as one line that moves no cursor: a person reads it in a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def _is_measure(value: Any, kind: Any, least: float) -> bool:
     """Return whether a value is a finite number of the kind, not below the least, and no truth value."""
     numbers = int if kind is int else (int, float)

@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from wardround.encoding import compress
 from wardround.errors import PolicyRefusal, UpdateError
 from wardround.signatures import is_signed, sign
-from wardround.update import Refusal, Task
+from wardround.update import Refusal, Task, printable
 
 # Of this protocol on the wire; both ends must speak the same. It goes up with whatever changes the fields of a task
 # or of an update, or what is signed of them. A refusal never changes, so that the older end's word is read.
@@ -45,7 +45,7 @@ def records_to_task(records: RecordDict, site: str, key: EllipticCurvePublicKey 
     try:
         fields = dict(records.config_records["task"])
         if fields["wire"] != VERSION:
-            spoken = _line(fields["wire"], 20)
+            spoken = printable(str(fields["wire"])[:20])
             raise PolicyRefusal(
                 f"the coordinator speaks wire version {spoken}, this site {VERSION}; upgrade the older."
             )
@@ -93,13 +93,13 @@ def message_to_answer(message: Message, site: str, round: str, key: EllipticCurv
     try:
         if "refusal" in records.config_records:
             fields = records.config_records["refusal"]
-            found: bytes | Refusal = Refusal(_line(fields["code"], 20), _line(fields["text"], 500))
+            found: bytes | Refusal = Refusal(printable(str(fields["code"])[:20]), printable(str(fields["text"])[:500]))
             said: tuple[bytes | str, ...] = ("refusal", site, round, str(fields["code"]), str(fields["text"]))
             signature = fields["signature"]
         else:
             signed = records.config_records["signed"]
             if signed.get("wire") != VERSION:
-                spoken = _line(signed.get("wire", "4 or older"), 20)
+                spoken = printable(str(signed.get("wire", "4 or older"))[:20])
                 return Refusal(
                     "version", f"it speaks wire version {spoken}, the coordinator {VERSION}; upgrade the older."
                 )
@@ -120,11 +120,6 @@ def crossing(records: RecordDict) -> Iterator[bytes]:
             yield from (array.data for _, array in sorted(record.items()))
         else:
             yield json.dumps(dict(record), sort_keys=True, default=bytes.hex).encode()
-
-
-def _line(value: object, most: int) -> str:
-    """Return a site's text as one line that moves no cursor: a person reads it in a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(value)[:most])
 
 
 def _block(block: bytes) -> ArrayRecord:

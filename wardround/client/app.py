@@ -114,8 +114,7 @@ def run_task(site: SiteConfig, task: Task, exchange: Exchange | None = None) -> 
         journal.hold(state)
     with _own_affair(protocol):
         images = open_site(site, protocol.data)
-    policy.refuse_few(site, protocol, images.num_images)
-    with _own_affair(protocol):
+        policy.refuse_few(site, protocol, images.num_images)
         level = drift.measured(site, protocol, state, images, machine(site))
     memory = journal.memory(task.last_folded)
     if memory is None:

@@ -48,11 +48,14 @@ def unapproved(site: SiteConfig, protocol: Protocol) -> str | None:
     if site.approve is None:
         return "is not approved here"
     beyond = _beyond(site.approve, protocol)
-    if beyond is not None:
-        return f"is not approved here, and lies beyond [approve] in site.toml by its {beyond}"
-    if not any(word.digest == digest for word in heard):
+    return beyond and f"is not approved here, and lies beyond [approve] in site.toml by its {beyond}"
+
+
+def note_rule(site: SiteConfig, protocol: Protocol) -> None:
+    """Write down, once, that a protocol begins to run which [approve] in site.toml alone approved."""
+    digest = protocol.digest()
+    if digest not in site.approved and not any(word.digest == digest for word in words(site.work)):
         _append(site.work, protocol, "by rule", "[approve] in site.toml")
-    return None
 
 
 def _beyond(rule: ApproveConfig, protocol: Protocol) -> str | None:

@@ -40,6 +40,7 @@ def agreed_protocol(site: SiteConfig, task: Task) -> Protocol:
         raise PolicyRefusal(objection)
     if not 1 <= task.round <= protocol.training.rounds:
         raise PolicyRefusal(f"round {task.round}: the approved protocol has rounds 1 to {protocol.training.rounds}.")
+    approval.note_rule(site, protocol)
     return protocol
 
 

@@ -80,14 +80,14 @@ def read(db: sqlite3.Connection, kind: Kind) -> list[tuple[int, str, str]]:
 def scan(db: sqlite3.Connection) -> tuple[list[tuple[int, str, str]], str]:
     """Return (seq, content, hash) of the rows up to where the chain holds, and what breaks it there, or ""."""
     rows: list[tuple[int, str, str]] = []
-    last, follows = 0, ORIGIN
+    before, follows = 0, ORIGIN
     for seq, previous, content, found in db.execute("SELECT seq, previous, content, hash FROM ledger ORDER BY seq"):
         if found != _hash(seq, previous, content):
             return rows, f"row {seq} was altered"
         if previous != follows:
-            return rows, f"row {seq} does not follow row {last}: rows were removed, replaced or reordered"
+            return rows, f"row {seq} does not follow row {before}: rows were removed, replaced or reordered"
         rows.append((seq, content, found))
-        last, follows = seq, found
+        before, follows = seq, found
     return rows, ""
 
 

@@ -16,7 +16,7 @@ from wardround.plan import architecture
 from wardround.privacy.accounting import Mechanism, epsilon, mechanism, upward
 from wardround.privacy.statement import statement
 from wardround.report.tables import table
-from wardround.update import MEASURED, Declared, Layout, withholds
+from wardround.update import MEASURED, Declared, Layout, printable, withholds
 
 _METHODS = {
     "mae": "learns to fill in hidden parts of an image",
@@ -57,10 +57,10 @@ def agreement_table(protocol: Protocol, site: SiteConfig, spent: Sequence[Mechan
         "measures a round's time",
         "updates are joined by": f"{protocol.aggregation.rule}, at the coordinator",
     }
-    made = table(f"Federation '{_plain(protocol.name)}'", "what", "value")
+    made = table(f"Federation '{printable(protocol.name)}'", "what", "value")
     made.columns[1].justify, made.columns[1].overflow = "left", "fold"
     for name, value in rows.items():
-        made.add_row(name, escape(_plain(value)))
+        made.add_row(name, escape(printable(value)))
     return made
 
 
@@ -114,7 +114,3 @@ def _bytes(protocol: Protocol, shape: Layout, whole: bool = False) -> int:
 
 def _count(shape: Layout) -> int:
     return sum(math.prod(dims) for dims, _ in shape.values())
-
-
-def _plain(text: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

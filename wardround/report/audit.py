@@ -7,10 +7,15 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from wardround.privacy.accounting import upward
+
+_EPSILON = "epsilon: spent in that federation by then, under adding or removing one of its units, at its own delta"
+
 
 def audit_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Return messages, oldest first; a row has the fields of client.audit's Row and Crossing, hashes by their start."""
     made = Table(title="Audit log", title_justify="left", title_style="bold", header_style="bold")
+    made.caption, made.caption_justify = _EPSILON, "left"
     for name in ("row", "time (UTC)", "", "kind", "round", "protocol", "bytes", "SHA-256", "epsilon", "peer"):
         right = name in ("row", "round", "bytes", "epsilon")
         made.add_column(name, justify="right" if right else "left", overflow="fold")
@@ -24,7 +29,7 @@ def audit_table(rows: Iterable[Mapping[str, Any]]) -> Table:
             row["protocol"][:8],
             f"{row['bytes']:,}",
             row["sha256"][:8],
-            "" if row["epsilon"] is None else f"{row['epsilon']:.3g}",
+            "" if row["epsilon"] is None else upward(row["epsilon"]),
             row["peer"].removeprefix("SHA256:")[:8] or "unknown",
         )
     return made

@@ -76,6 +76,7 @@ class Status:
     withheld: bool  # whether sites declare no figure that was measured on images
     unit: str  # of privacy: none, patient, image or site
     epsilon: float | None  # what the federation promises to spend at most where every round is trained once
+    delta: float | None  # at which every epsilon here is meant
     spent: float | None  # with a site as unit: by the rounds that are committed
     sites: dict[str, SiteStatus]
     open: OpenRound | None  # None once all rounds are committed
@@ -118,6 +119,8 @@ def sites_table(status: Status, now: float) -> Table:
     """Return a line for each site."""
     private = status.unit in ("patient", "image")
     made = Table(title=escape(status.federation), title_justify="left", title_style="bold", header_style="bold")
+    if private:
+        made.caption, made.caption_justify = f"epsilon: spent of what is promised, {_of_what(status)}", "left"
     names = ("site", "online", "last seen", "version", "images", "rounds", "missed")
     for name in (*names, *(["epsilon"] if private else []), "this round"):
         made.add_column(name, justify="right" if name in ("images", "rounds", "missed", "epsilon") else "left")
@@ -148,7 +151,9 @@ def span(seconds: float) -> str:
 
 def _head(status: Status) -> str:
     left = f"; about {span(status.seconds_left)} left" if status.seconds_left else ""
-    spent = f"; epsilon {_of(status.spent, status.epsilon)} spent, of a whole site" if status.spent is not None else ""
+    spent = (
+        f"; epsilon {_of(status.spent, status.epsilon)} spent, {_of_what(status)}" if status.spent is not None else ""
+    )
     return f"{status.committed} of {status.rounds} rounds are committed{left}{spent}. Protocol {status.digest[:12]}."
 
 
@@ -189,6 +194,10 @@ def _figures(status: Status) -> list[str]:
 def _missed(status: Status) -> list[str]:
     missed = {name: site for name, site in status.sites.items() if site.missed}
     return [f"'{name}' missed {site.missed} rounds; the last: {site.reason}" for name, site in missed.items()]
+
+
+def _of_what(status: Status) -> str:
+    return f"under adding or removing one {status.unit}, at delta = {status.delta:g}"
 
 
 def _of(spent: float, whole: float | None) -> str:

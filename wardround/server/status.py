@@ -37,6 +37,7 @@ class Watch:
 def status_of(run: RunFolder, records: Records, live: Now, at: float) -> Status:
     """Return a run's status at a time, from its committed rounds and the last word of its process."""
     privacy, done = run.config.privacy, max(records, default=0)
+    promised = None if isinstance(privacy, NoPrivacyConfig) else privacy
     recent = [_figures(number, records[number]) for number in sorted(records)[-RECENT:]]
     rounds = run.config.training.rounds
     left = sum(one.seconds for one in recent) / len(recent) * (rounds - done) if recent else None
@@ -49,7 +50,8 @@ def status_of(run: RunFolder, records: Records, live: Now, at: float) -> Status:
         heard=live.at or None,
         withheld=withholds(privacy),
         unit=privacy.unit,
-        epsilon=None if isinstance(privacy, NoPrivacyConfig) else privacy.epsilon,
+        epsilon=None if promised is None else promised.epsilon,
+        delta=None if promised is None else promised.delta,
         spent=site_level.spent(privacy, rounds, done) if isinstance(privacy, SitePrivacyConfig) else None,
         sites={site: _site(run, site, records, live, at, opened) for site in sorted(run.members)},
         open=opened,
