@@ -1,0 +1,69 @@
+"""The command `wardround`: a module for each who types it, one function a command, no logic."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from wardround import __version__
+from wardround.cli import backbone, federation
+from wardround.cli.provisioning import provision_cli
+from wardround.cli.site import site_cli
+from wardround.errors import WardroundError
+
+cli = typer.Typer(
+    help="Hospitals pretrain one imaging backbone together; no image leaves a hospital.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (
+    federation.demo,
+    federation.check,
+    federation.simulate,
+    federation.coordinate,
+    federation.status,
+    federation.constants,
+    backbone.models,
+    backbone.pull,
+    backbone.evaluate,
+):
+    cli.command()(command)
+cli.add_typer(provision_cli, name="provision")
+cli.add_typer(site_cli, name="site")
+
+
+@cli.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option(help="Show the trace of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    log_json: Annotated[
+        bool,
+        typer.Option("--log-json", envvar="WARDROUND_LOG_JSON", help="Make each line a JSON object, in all logs too."),
+    ] = False,
+) -> None:
+    """Options of every command."""
+    context.obj = debug
+    if log_json:
+        from wardround import logs
+
+        logs.begin_prints()
+    if version:
+        typer.echo(f"wardround {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command; a user's error is one line and exit 2, Ctrl-C says how to go on and exits 130."""
+    try:
+        cli()
+    except WardroundError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            typer.echo("\nstopped; what is committed is kept: start the same command again to go on.", err=True)
+        raise
