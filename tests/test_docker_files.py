@@ -151,7 +151,8 @@ def test_a_site_verifies_an_image_with_what_its_kit_pins_before_it_has_any_progr
     kits: Path, tmp_path: Path
 ) -> None:
     """The commands are those of the Makefile and of the kit's README; the archive is a small one."""
-    plan = ["make", "-n", "--no-print-directory", "image-archive", f"KITS={kits}", "ENGINE=podman", "ARCHIVE=image.tar.gz"]
+    what = ["image-archive", f"KITS={kits}", "ENGINE=podman", "ARCHIVE=image.tar.gz"]
+    plan = ["make", "-n", "--no-print-directory", *what]
     making = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     (tmp_path / "dist").mkdir()
     archive = tmp_path / "dist" / "image.tar.gz"

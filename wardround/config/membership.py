@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from wardround.config.hours import ZonedHours
 from wardround.config.strict import Name, Strict
 
 
@@ -38,6 +39,11 @@ class MembershipConfig(Strict):
         le=8_640_000.0,
         description="How long a round waits for updates once it is sent, or with `buffer` each site has for one; what "
         "comes later is dropped. Unset: wait_seconds.",
+    )
+    hours: dict[Name, ZonedHours] = Field(
+        default={},
+        description='The hours that sites agreed to, with their time zone, such as "20:00-06:00 Europe/Paris"; '
+        "wait_seconds and round_seconds count within them alone. A site that is not named has agreed to all.",
     )
     sites_per_round: int | None = Field(
         default=None,
@@ -72,6 +78,8 @@ class MembershipConfig(Strict):
         for site, weight in self.sites.items():
             if weight <= 0.0:
                 raise ValueError(f"sites: the weight of '{site}' is {weight}; expected above 0")
+        if self.sites and (strangers := sorted(self.hours.keys() - self.sites.keys())):
+            raise ValueError(f"hours: '{strangers[0]}' is not listed in sites; list it, or take its hours out")
         if self.sites and (self.min_sites or 0) > len(self.sites):
             raise ValueError(f"min_sites = {self.min_sites}: only {len(self.sites)} sites are listed")
         if self.sites_per_round is not None and (self.min_sites or 0) > self.sites_per_round:

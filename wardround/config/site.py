@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from wardround.config.hours import LocalHours, within
 from wardround.config.privacy import Delta, Epsilon
 from wardround.config.strict import Name, Strict, read_toml
 from wardround.errors import ConfigError
@@ -169,9 +170,8 @@ class SiteConfig(Strict):
     minimum: MinimumConfig = Field(
         default=MinimumConfig(), description="The least that an update is made of, without differential privacy."
     )
-    hours: str | None = Field(
+    hours: LocalHours | None = Field(
         default=None,
-        pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$",
         description="When the site is connected and begins rounds, by this machine's local time, such as 20:00-06:00; "
         "unset: always.",
     )
@@ -211,16 +211,8 @@ class SiteConfig(Strict):
         return self
 
     def is_open(self, now: time) -> bool:
-        """Return whether a moment of the day, in local time, lies within `hours`, their end not in them.
-
-        >>> site = SiteConfig(format=1, name="a", images=ImagesConfig(folder="."), work=".", hours="20:00-06:00")
-        >>> [site.is_open(time(hour)) for hour in (19, 20, 0, 6)]
-        [False, True, True, False]
-        """
-        if self.hours is None:
-            return True
-        begin, end = (time.fromisoformat(part) for part in self.hours.split("-"))
-        return begin <= now < end if begin < end else now >= begin or now < end
+        """Return whether a moment of the day, in local time, lies within `hours`."""
+        return self.hours is None or within(self.hours, now)
 
 
 def read_site(path: Path) -> SiteConfig:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from flwr.app import Context, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
+from wardround.config.hours import after
 from wardround.server.buffer import fill
 from wardround.server.live import Live, Now
 from wardround.server.roster import Roster
@@ -38,14 +40,18 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_federation(
-    grid: Grid, run: RunFolder, key: EllipticCurvePrivateKey | None = None, roster: Roster | None = None
+    grid: Grid,
+    run: RunFolder,
+    key: EllipticCurvePrivateKey | None = None,
+    roster: Roster | None = None,
+    release_key: Ed25519PrivateKey | None = None,
 ) -> None:
     """Run a federation to its end, record it and register its backbone; `key` signs what sites are asked.
 
-    With a roster, its members change while it runs, as the coordinator signs.
+    With a roster, its members change while it runs, as the coordinator signs. `release_key` signs the release.
     """
     fleet = Fleet(grid, run, key, roster)
-    tracking = Tracking(run)
+    tracking = Tracking(run, release_key)
 
     def committed(number: int) -> None:
         tracking.committed(number)
@@ -62,6 +68,7 @@ class Sent(NamedTuple):
     site: str
     deadline: float  # of time.monotonic
     task: Task
+    asked: bool = True  # False of a site that was not there yet
 
 
 class Fleet:
@@ -72,12 +79,14 @@ class Fleet:
     ) -> None:
         self.grid, self.key, self.roster = grid, key, roster
         self.out: dict[str, Sent] = {}  # by the message's number
-        self.gone: dict[str, Sent] = {}  # by the site, which is asked anew once it is back, and replays what it has
+        self.away: dict[str, Sent] = {}  # by the site, which is asked once it is there, and replays what it has
         self.late: dict[str, tuple[str, int]] = {}  # site and round of those past their deadline, without the state
         self.dropped = 0
         self.live = Live(run.path)
         self.seen = dict(self.live.last.seen)  # site -> when it was last connected
         self.connected: list[str] = []
+        self.missing: list[str] = []  # who was last said to be waited for; when that is said again, and after that
+        self.say_at, self.pause = 0.0, 0.0
         self.rounds: dict[str, int] = {}  # site -> the round that it was last asked in
         self.refused: dict[str, tuple[int, str]] = {}  # site -> the round that it gave nothing for, and why
         self.meet(run)
@@ -90,6 +99,7 @@ class Fleet:
         membership = run.config.membership
         self.patience = membership.wait_seconds
         self.deadline = membership.round_seconds or membership.wait_seconds
+        self.hours = membership.hours
 
     def take_over(self) -> None:
         """Take over, between rounds, the membership that was signed since."""
@@ -107,21 +117,20 @@ class Fleet:
         return sorted(set(sites) - self.keys.keys())
 
     def ask(self, tasks: Mapping[str, Task]) -> Iterator[tuple[str, bytes | Refusal]]:
-        """Yield the answers to the tasks as they come; who stays silent is refused as silent."""
-        nodes = self.wait_for(list(tasks))
-        for site in sorted(tasks.keys() - nodes.keys()):
-            silent = Refusal("silent", f"was not connected after {self.patience:.0f} s")
-            absent = silent if site in self.keys else REVOKED
-            self.refused[site] = (tasks[site].round, f"{absent.code}: {absent.text}")
-            yield site, absent
-        self._push(tasks, nodes)
+        """Yield the answers to the tasks as they come; who is not there, or stays silent, is refused as silent."""
+        online = self.online()
+        for site in sorted(tasks.keys() - online.keys()):
+            task = tasks[site]
+            self.rounds[site] = task.round
+            self.away[site] = Sent(task.round, site, self._until(site, self.patience), task, asked=False)
+        self._push(tasks, {site: online[site] for site in sorted(tasks) if site in online})
         while self.busy():
             if (came := self.receive()) is not None:
                 yield came
 
     def idle(self) -> list[str]:
         """Return the connected sites that have no task, by name."""
-        return sorted(self.online().keys() - {sent.site for sent in self.out.values()} - self.gone.keys())
+        return sorted(self.online().keys() - {sent.site for sent in self.out.values()} - self.away.keys())
 
     def send(self, tasks: Mapping[str, Task]) -> None:
         """Send each site its task, as far as it is connected."""
@@ -131,7 +140,7 @@ class Fleet:
 
     def busy(self) -> bool:
         """Return whether an answer is still waited for."""
-        return bool(self.out or self.gone)
+        return bool(self.out or self.away)
 
     def receive(self) -> tuple[str, bytes | Refusal] | None:
         """Return the next answer, or None where none has come for a moment; who is silent too long is refused."""
@@ -143,8 +152,8 @@ class Fleet:
 
     def _next(self) -> tuple[str, bytes | Refusal] | None:
         self.drop_late()
-        for site in self.revoked([*self.gone, *(sent.site for sent in self.out.values())]):
-            self.gone.pop(site, None)
+        for site in self.revoked([*self.away, *(sent.site for sent in self.out.values())]):
+            self.away.pop(site, None)
             self.out = {message_id: sent for message_id, sent in self.out.items() if sent.site != site}
             return site, REVOKED
         # One at a time, so that no more than one update is in memory.
@@ -152,21 +161,23 @@ class Fleet:
             for reply in self.grid.pull_messages([message_id]):
                 del self.out[message_id]
                 if reply.has_error() and reply.error.code in LEFT:
-                    self.gone[sent.site] = sent
+                    self.away[sent.site] = sent
                     break
                 return sent.site, message_to_answer(reply, sent.site, str(sent.round), self.keys[sent.site])
             if message_id in self.out and time.monotonic() > sent.deadline:
                 del self.out[message_id]
                 self.late[message_id] = (sent.site, sent.round)
                 return sent.site, Refusal("silent", f"sent nothing for {self.deadline:.0f} s")
-        online = self.online() if self.gone else {}
-        for site, sent in sorted(self.gone.items()):
-            if time.monotonic() > sent.deadline:
-                del self.gone[site]
-                return site, Refusal("silent", f"went, and was not back for {self.deadline:.0f} s")
+        online = self.online() if self.away else {}
+        for site, sent in sorted(self.away.items()):
             if site in online:
-                del self.gone[site]
-                self._push({site: sent.task}, {site: online[site]}, sent.deadline)
+                del self.away[site]
+                self._push({site: sent.task}, {site: online[site]}, sent.deadline if sent.asked else None)
+            elif time.monotonic() > sent.deadline:
+                del self.away[site]
+                word = "went, and was not back for" if sent.asked else "was not connected after"
+                return site, Refusal("silent", f"{word} {self.deadline if sent.asked else self.patience:.0f} s")
+        self._say_missing({site: sent.deadline for site, sent in self.away.items() if not sent.asked})
         time.sleep(POLL_SECONDS)
         return None
 
@@ -184,23 +195,34 @@ class Fleet:
                     self.dropped,
                 )
 
-    def wait_for(self, sites: list[str], least: int | None = None) -> dict[str, int]:
-        """Return the node of each site that is connected; wait for all of them, or the least, but not for ever."""
-        deadline = time.monotonic() + self.patience
-        said = 0.0
+    def wait_for(self, sites: list[str], least: int) -> dict[str, int]:
+        """Return the node of each site that is connected, as soon as so many are; wait, but not for ever."""
+        until = {site: self._until(site, self.patience) for site in sites}
         while True:
             online, gone = self.online(), self.revoked(sites)
             nodes = {site: online[site] for site in sorted(sites) if site in online and site not in gone}
-            left = deadline - time.monotonic()
-            self._tell(time.time() + left)
-            if len(nodes) >= min(least or len(sites), len(sites) - len(gone)) or left <= 0:
+            missing = {site: until[site] for site in sites if site not in nodes and site not in gone}
+            if len(nodes) >= min(least, len(sites) - len(gone)) or time.monotonic() > max(missing.values()):
                 return nodes
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
-                log.warning(
-                    "waiting for %s (%.0f s left)", ", ".join(sorted(set(sites) - set(nodes) - set(gone))), left
-                )
+            self._say_missing(missing)
+            self._tell(max(missing.values()))
             time.sleep(POLL_SECONDS)
+
+    def _until(self, site: str, seconds: float) -> float:
+        """Return when so many seconds of the hours that a site agreed to are over, as time.monotonic counts."""
+        if site in self.hours:
+            now = time.time()
+            seconds = after(self.hours[site], now, seconds) - now
+        return time.monotonic() + seconds
+
+    def _say_missing(self, missing: Mapping[str, float]) -> None:
+        """Say whom is waited for, by each one's deadline: at once where that has changed, then ever more rarely."""
+        names, now = sorted(missing), time.monotonic()
+        if names != self.missing:
+            self.missing, self.say_at, self.pause = names, now, 10.0
+        if names and now >= self.say_at:
+            self.say_at, self.pause = now + self.pause, 2 * self.pause
+            log.warning("waiting for %s (%.0f s left)", ", ".join(names), max(missing.values()) - now)
 
     def online(self) -> dict[str, int]:
         """Return the node of each member that is connected."""
@@ -215,9 +237,12 @@ class Fleet:
         if self.live.due:
             self.online()
         now, ahead = time.time(), time.time() - time.monotonic()
-        waited = [*self.out.values(), *self.gone.values()]
-        asked = {sent.site: (sent.round, float(round(ahead + sent.deadline))) for sent in waited}
-        self.live.tell(Now(now, self.connected, self.seen, asked, self.refused, until and round(until)))
+        waited = [*self.out.values(), *self.away.values()]
+        asked = {sent.site: (sent.round, float(round(ahead + sent.deadline))) for sent in waited if sent.asked}
+        until = max([until or 0.0, *(sent.deadline for sent in waited if not sent.asked)])
+        self.live.tell(
+            Now(now, self.connected, self.seen, asked, self.refused, round(ahead + until) if until else None)
+        )
 
     def _push(self, tasks: Mapping[str, Task], nodes: Mapping[str, int], deadline: float | None = None) -> None:
         messages = [
@@ -229,8 +254,9 @@ class Fleet:
             )
             for site, node in nodes.items()
         ]
-        deadline = deadline or time.monotonic() + self.deadline
-        sent = [Sent(tasks[site].round, site, deadline, tasks[site]) for site in nodes]
+        sent = [
+            Sent(tasks[site].round, site, deadline or self._until(site, self.deadline), tasks[site]) for site in nodes
+        ]
         self.out |= zip(self.grid.push_messages(messages), sent, strict=True)
         for one in sent:
             self.rounds[one.site] = one.round

@@ -74,7 +74,8 @@ def open_round(run: RunFolder, number: int, live: Now, at: float) -> OpenRound:
     refused = {site: why for site, (of, why) in live.refused.items() if of == number and site not in arrived}
     asked = {site: deadline for site, (_, deadline) in live.asked.items() if site not in arrived} if fresh else {}
     awaited = sorted(set(cohort or ()) - set(arrived) - refused.keys())
-    deadline = max(asked.values(), default=None)
+    waits = [*asked.values(), *([live.until] if fresh and live.until is not None else [])]
+    deadline = max(waits, default=None)
     if cohort is None:
         return OpenRound(number, "not begun", None, [], [], {})
     if spool.closed() is not None:
