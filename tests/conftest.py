@@ -16,6 +16,7 @@ import uvicorn
 from PIL import Image
 
 from wardround.config import FederationConfig, parse
+from wardround.config.site import CoordinatorConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -56,6 +57,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that have slow tests: at the end, a core would wait for the other's."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def known_at(kits: Path, address: str, **more: Any) -> CoordinatorConfig:
+    """Return how the site 'lyon' of these kits reaches a coordinator, at this address."""
+    kit = kits / "lyon"
+    files = {"ca_certificate": kit / "ca.crt", "private_key": kit / "site.key", "signing_key": kit / "coordinator.pub"}
+    return CoordinatorConfig.model_validate({"address": address, **files, **more})
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

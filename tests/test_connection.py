@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from conftest import serving_in_a_thread, tiny
+from conftest import known_at, serving_in_a_thread, tiny
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -169,8 +169,10 @@ def to(
     """Give a site's connection to a scripted service."""
     key = load_ssh_private_key((kits / "lyon" / "site.key").read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
-    ca = (kits / "coordinator" / "ca.crt").read_bytes()
-    with serving(fleet, kits) as port, connection.connected(f"localhost:{port}", ca, key, last, pulse=pulse) as made:
+    with (
+        serving(fleet, kits) as port,
+        connection.connected(known_at(kits, f"localhost:{port}"), key, last, pulse=pulse) as made,
+    ):
         yield made
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import tiny
+from conftest import known_at, tiny
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -45,8 +45,10 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def to(fleet: Scripted, kit: Path, megabits: float | None = None) -> Iterator[connection.SiteConnection]:
     key = load_ssh_private_key((kit / "lyon" / "site.key").read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
-    ca = (kit / "coordinator" / "ca.crt").read_bytes()
-    with serving(fleet, kit) as port, connection.connected(f"localhost:{port}", ca, key, megabits=megabits) as made:
+    with (
+        serving(fleet, kit) as port,
+        connection.connected(known_at(kit, f"localhost:{port}"), key, megabits=megabits) as made,
+    ):
         yield made
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, tiny
+from conftest import ROOT, known_at, tiny
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -24,7 +24,7 @@ from test_connection import Scripted, serving
 from wardround import connection
 from wardround.client.kit import check_kit, why_untrusted
 from wardround.config import read_site
-from wardround.config.site import CoordinatorConfig, read_login
+from wardround.config.site import CoordinatorConfig
 from wardround.errors import ConfigError
 from wardround.processes import environment
 from wardround.provision import provision
@@ -101,12 +101,11 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def through(proxy: Proxy, kits: Path, login: tuple[str, str] | None = None) -> Iterator[connection.SiteConnection]:
+def through(proxy: Proxy, kits: Path, login: Path | None = None) -> Iterator[connection.SiteConnection]:
     """Give a site's connection to the address that only the proxy knows."""
     key = load_ssh_private_key((kits / "lyon" / "site.key").read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
-    ca, way = (kits / "lyon" / "ca.crt").read_bytes(), proxy.address
-    with connection.connected(f"{NAME}:443", ca, key, proxy=way, login=login) as made:
+    with connection.connected(known_at(kits, f"{NAME}:443", proxy=proxy.address, proxy_credentials=login), key) as made:
         yield made
 
 
@@ -119,11 +118,17 @@ def test_a_site_reaches_the_coordinator_through_the_proxy_and_by_no_other_way(ki
     assert fleet.asked[0] == "activate-node" and "pull-messages" in fleet.asked
 
 
+def login(folder: Path) -> Path:
+    """Write the proxy's name and password as a site keeps them."""
+    path = folder / "proxy.txt"
+    path.write_text(":".join(LOGIN) + "\n")
+    path.chmod(0o600)
+    return path
+
+
 def test_a_proxy_that_asks_who_it_is_gets_the_name_and_password_of_the_file(kits: Path, tmp_path: Path) -> None:
-    (tmp_path / "proxy.txt").write_text(":".join(LOGIN) + "\n")
-    (tmp_path / "proxy.txt").chmod(0o600)
-    login, fleet = read_login(tmp_path / "proxy.txt"), Scripted()
-    with serving(fleet, kits) as port, proxy_to(port, LOGIN) as proxy, through(proxy, kits, login) as made:
+    fleet = Scripted()
+    with serving(fleet, kits) as port, proxy_to(port, LOGIN) as proxy, through(proxy, kits, login(tmp_path)) as made:
         assert made.node == 7
 
 
@@ -139,7 +144,12 @@ def test_a_proxy_that_asks_who_it_is_gets_the_name_and_password_of_the_file(kits
     ],
 )
 def test_what_the_proxy_refuses_is_said_with_the_remedy_and_tried_again(
-    answer: str, said: str, kits: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    answer: str,
+    said: str,
+    kits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     fleet = Scripted()
     with serving(fleet, kits) as port, proxy_to(port) as proxy:
@@ -149,7 +159,7 @@ def test_what_the_proxy_refuses_is_said_with_the_remedy_and_tried_again(
             proxy.refusal = ""
 
         monkeypatch.setattr(connection.time, "sleep", mended)
-        with through(proxy, kits, LOGIN) as made:
+        with through(proxy, kits, login(tmp_path)) as made:
             assert made.node == 7
     way = proxy.address
     assert f"the coordinator cannot be reached (by the proxy {way}: it answers {answer}{said})" in caplog.messages
@@ -198,14 +208,12 @@ def inspected(proxy: str) -> str:
 
 
 def test_a_proxy_that_opens_tls_is_never_trusted_and_is_named_with_its_issuer(kits: Path, tmp_path: Path) -> None:
-    (tmp_path / "proxy.txt").write_text(":".join(LOGIN))
-    (tmp_path / "proxy.txt").chmod(0o600)
-    fleet = Scripted()
+    known, fleet = login(tmp_path), Scripted()
     with serving(fleet, inspector(tmp_path)) as port, proxy_to(port, LOGIN) as proxy:
-        with pytest.raises(httpx.ConnectError, match="certificate verify failed"), through(proxy, kits, LOGIN):
+        with pytest.raises(httpx.ConnectError, match="certificate verify failed"), through(proxy, kits, known):
             pass
         way = proxy.address
-        found = coordinator(kits, proxy=way, proxy_credentials=tmp_path / "proxy.txt")
+        found = coordinator(kits, proxy=way, proxy_credentials=known)
         assert why_untrusted(found) == inspected(way)
     assert fleet.asked == [], "not a byte of the protocol reached it"
 

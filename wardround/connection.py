@@ -9,7 +9,6 @@ The protocol on the wire, its keys and its TLS are Flower's, so that a stock `fl
 
 import logging
 import random
-import ssl
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -61,7 +60,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from wardround.config.site import CoordinatorConfig
 from wardround.meter import Meter
+from wardround.way import way
 
 log = logging.getLogger(__name__)
 Asked = TypeVar("Asked")
@@ -300,34 +301,31 @@ class CoordinatorsClock:
 
 @contextmanager
 def connected(
-    address: str,
-    ca: bytes,
+    found: CoordinatorConfig,
     key: EllipticCurvePrivateKey,
     last: int | None = None,
     megabits: float | None = None,
     pulse: Path | None = None,
-    proxy: str | None = None,
-    login: tuple[str, str] | None = None,
 ) -> Iterator[SiteConnection]:
     """Give a site's connection; it keeps itself alive, and tries again for ever where the network is down.
 
-    address: host:port. ca: the federation's CA certificate (PEM). last: the number that this site had before.
-    megabits: the most a second, each way; below 0.5, SuperLink tires of an object of 5 MiB, after three minutes.
-    pulse: a file whose time is that of the last beat that was heard; a container's health check reads it.
-    proxy: http://host:port of the one to go by; login: its user and password. What the environment says of proxies
-    does not count.
+    last: the number that this site had before. pulse: a file whose time is that of the last beat that was heard; a
+    container's health check reads it. megabits: the most a second, each way; below 0.5, SuperLink tires of an object
+    of 5 MiB, after three minutes.
     Raises ConnectionRefusedError where the coordinator does not know the key, as may any call on the connection
     after the coordinator began anew: run this under a supervisor.
     """
     clock = CoordinatorsClock(key)
     version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
-    with FleetHttpClient.from_server_address(address, False, ca, [version, clock]) as client:
-        _go_by(client, ca, proxy, login)
+    ca = found.ca_certificate.read_bytes()
+    with FleetHttpClient.from_server_address(found.address, False, ca, [version, clock]) as client:
+        before = client._client  # asks the environment for a proxy, which anybody may have set
+        client._client = way(found, before.timeout)
+        before.close()
         meter = Meter(megabits)
         client._client.event_hooks = {"request": [meter.on_request], "response": [meter.on_response]}
-        client._client.follow_redirects = False  # this address alone was agreed on
         connection = SiteConnection(client, clock, pulse)
-        connection.way = f"by the proxy {proxy}: " if proxy else ""
+        connection.way = f"by the proxy {found.proxy}: " if found.proxy else ""
         connection.activate(key, last)
         heart = HeartbeatSender(connection.beat)
         heart.start()
@@ -337,16 +335,6 @@ def connected(
             heart.stop()
             with suppress(httpx.HTTPError):
                 client.DeactivateNode(DeactivateNodeRequest(node_id=connection.node))
-
-
-def _go_by(client: FleetHttpClient, ca: bytes, proxy: str | None, login: tuple[str, str] | None) -> None:
-    """Have a client call by this proxy, or by none; Flower's own asks the environment, which anybody may have set."""
-    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    trust.load_verify_locations(cadata=ca.decode("ascii"))
-    before = client._client
-    way = httpx.Proxy(proxy, auth=login) if proxy else None
-    client._client = httpx.Client(verify=trust, timeout=before.timeout, trust_env=False, proxy=way)
-    before.close()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from flwr.app import Context, RecordDict
 
 from wardround import logs
 from wardround.client.app import app, keys
-from wardround.config.site import SiteConfig, read_login, read_site
+from wardround.config.site import SiteConfig, read_site
 from wardround.connection import SiteConnection, connected, polite_pause
 from wardround.processes import stopped_by_sigterm
 from wardround.registry.durable import write_file
@@ -31,10 +31,7 @@ def answer_rounds(path: Path) -> None:
     pulse = site.work / "flower" / "beat"
     while True:
         _wait_for_hours(site, pulse)
-        ca = coordinator.ca_certificate.read_bytes()
-        login = read_login(coordinator.proxy_credentials) if coordinator.proxy_credentials else None
-        way = (coordinator.proxy, login)
-        with connected(coordinator.address, ca, own, before, site.bandwidth, pulse, *way) as connection:
+        with connected(coordinator, own, before, site.bandwidth, pulse) as connection:
             write_file(number, str(connection.node).encode())
             print(f"connected as node {connection.node}", flush=True)
             _answer_while_open(site, path, connection)

@@ -1,6 +1,5 @@
 """The way to the coordinator, looked at as a site would take it: is it there, is it the one, until when."""
 
-import ssl
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,7 +11,8 @@ import httpx
 from cryptography.x509 import Certificate, load_der_x509_certificate, load_pem_x509_certificate
 
 from wardround.client.kit import why_untrusted
-from wardround.config.site import CoordinatorConfig, read_login
+from wardround.config.site import CoordinatorConfig
+from wardround.way import way
 
 _PATIENCE = 10.0  # seconds
 _SOON = timedelta(days=30)
@@ -32,30 +32,23 @@ def reach(found: CoordinatorConfig) -> Reached:
 
     Raises ConnectionError where nothing does, ConnectionRefusedError where its certificate does not hold.
     """
-    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    trust.load_verify_locations(found.ca_certificate)
-    login = read_login(found.proxy_credentials) if found.proxy_credentials else None
-    proxy = httpx.Proxy(found.proxy, auth=login) if found.proxy else None
     try:
-        with (
-            httpx.Client(verify=trust, proxy=proxy, trust_env=False, timeout=_PATIENCE) as client,
-            client.stream("GET", f"https://{found.address}/") as answer,  # any answer will do
-        ):
-            shown = answer.extensions["network_stream"].get_extra_info("ssl_object").getpeercert(True)
-            date = answer.headers.get("date")
+        with way(found, _PATIENCE) as client, client.stream("GET", f"https://{found.address}/") as answer:
+            certificate = answer.extensions["network_stream"].get_extra_info("ssl_object").getpeercert(True)
+            date = answer.headers.get("date")  # any answer will do
     except httpx.HTTPError as error:
         if "certificate" in str(error):
             raise ConnectionRefusedError(f"the certificate at {found.address} {why_untrusted(found)}") from error
         raise ConnectionError(f"{found.address} does not answer: {error or type(error).__name__}") from error
     ahead = None if date is None else time.time() - parsedate_to_datetime(date).timestamp()
-    return Reached(load_der_x509_certificate(shown), ahead)
+    return Reached(load_der_x509_certificate(certificate), ahead)
 
 
-def ends(found: CoordinatorConfig, shown: Certificate | None) -> dict[str, datetime]:
+def ends(found: CoordinatorConfig, seen: Certificate | None) -> dict[str, datetime]:
     """Return when the federation's CA, and the server's certificate where it was seen, end."""
     known = {"the federation's CA (ca.crt)": load_pem_x509_certificate(found.ca_certificate.read_bytes())}
-    if shown is not None:
-        known["the coordinator's certificate"] = shown
+    if seen is not None:
+        known["the coordinator's certificate"] = seen
     return {name: certificate.not_valid_after_utc for name, certificate in known.items()}
 
 
@@ -80,9 +73,9 @@ def daily(found: CoordinatorConfig) -> Iterator[list[str]]:
     last = -_DAY
     while True:
         if (now := time.monotonic()) - last >= _DAY:
-            last, shown = now, None
+            last, seen = now, None
             with suppress(ConnectionError):
-                shown = reach(found).certificate
-            yield ending(ends(found, shown))
+                seen = reach(found).certificate
+            yield ending(ends(found, seen))
         else:
             yield []
