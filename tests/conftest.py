@@ -17,6 +17,7 @@ from PIL import Image
 
 from wardround.config import FederationConfig, parse
 from wardround.config.site import CoordinatorConfig
+from wardround.update import Start, State, state_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -64,6 +65,11 @@ def known_at(kits: Path, address: str, **more: Any) -> CoordinatorConfig:
     kit = kits / "lyon"
     files = {"ca_certificate": kit / "ca.crt", "private_key": kit / "site.key", "signing_key": kit / "coordinator.pub"}
     return CoordinatorConfig.model_validate({"address": address, **files, **more})
+
+
+def begun(state: State) -> Start:
+    """Return a state with its hash."""
+    return Start(state, state_hash(state))
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

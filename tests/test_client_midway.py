@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny, write_labelled
+from conftest import begun, tiny, write_labelled
 from data_objects import site_over
 
 from wardround.client import midway
@@ -47,7 +47,7 @@ def images(tmp_path: Path) -> SiteImages:
 def trained(config: FederationConfig, images: SiteImages, file: Path | None) -> tuple[str, str, list[float]]:
     """Return the hashes of the update and of the site memory after round 2, and its losses."""
     plan = resolve(config)
-    update, memory = local_round(plan.protocol, "lyon", 2, plan.state, {}, images, Machine(), None, file)
+    update, memory = local_round(plan.protocol, "lyon", 2, begun(plan.state), {}, images, Machine(), None, file)
     declared = update.declared
     return state_hash(update.delta), state_hash(memory), [declared.loss_first or 0.0, declared.loss or 0.0]
 

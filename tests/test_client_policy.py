@@ -18,7 +18,7 @@ from wardround.config.privacy import PrivacyConfig, SitePrivacyConfig, UnitPriva
 from wardround.config.site import ImagesConfig, MinimumConfig
 from wardround.errors import PolicyRefusal
 from wardround.plan import architecture, resolve
-from wardround.update import State, Task, layout, pack
+from wardround.update import State, Task, layout, pack, state_hash
 
 PLAN = resolve(tiny())
 
@@ -69,7 +69,8 @@ def test_rounds_outside_the_protocol_are_refused(round: int) -> None:
 
 def test_the_architecture_is_the_one_the_site_builds_itself() -> None:
     assert architecture(tiny()) == layout(PLAN.state)
-    assert checked_state(PLAN.protocol, task()).keys() == PLAN.state.keys()
+    found = checked_state(PLAN.protocol, task())
+    assert found is not None and found.hash == state_hash(found.state) == state_hash(PLAN.state)
     extra = {**PLAN.state, "trap": np.zeros(3, np.float32)}
     with pytest.raises(PolicyRefusal, match="1 tensors too many"):
         checked_state(PLAN.protocol, task(state=extra))

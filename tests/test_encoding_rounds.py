@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import KILLER, ROOT, TINY, merged, tiny, to_toml
+from conftest import KILLER, ROOT, TINY, begun, merged, tiny, to_toml
 from flwr.app import Message
 from honest_sites import DECLARED, SITES, Cut, Sites, final, ignore, make_run
 
@@ -33,7 +33,7 @@ from wardround.server.run_folder import RunFolder, open_run
 from wardround.server.spool import Spool
 from wardround.simulate import simulate
 from wardround.ssl.devices import Machine
-from wardround.update import Refusal, State, Task, Update, layout, pack, state_hash
+from wardround.update import Refusal, Start, State, Task, Update, layout, pack, state_hash
 
 BOTH = pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 THREE = {"training": {"rounds": 3}}
@@ -42,18 +42,18 @@ THREE = {"training": {"rounds": 3}}
 class Encoding(Sites):
     """Three honest sites that hold states, add steps to them, and encode what they answer."""
 
-    def __init__(self, run: RunFolder, held: dict[str, State] | None = None, cut_after: int | None = None) -> None:
+    def __init__(self, run: RunFolder, held: dict[str, Start] | None = None, cut_after: int | None = None) -> None:
         super().__init__(run, cut_after)
-        self.held: dict[str, State] = {} if held is None else held
+        self.held: dict[str, Start] = {} if held is None else held
         self.sizes: list[tuple[int, str, int]] = []
 
     def answer(self, site: str, task: Task) -> bytes | Refusal:
         self.sizes.append((task.round, site, len(task.state)))
-        state = checked_state(self.run.protocol, task, self.held.get(site))
-        if state is None:
+        start = checked_state(self.run.protocol, task, self.held.get(site))
+        if start is None:
             return Refusal("state", "it does not hold the state that the step starts from")
-        self.held[site] = state
-        whole = dataclasses.replace(task, state=pack(state, {}))
+        self.held[site] = start
+        whole = dataclasses.replace(task, state=pack(start.state, {}))
         return self.encoded(super().update(site, whole)).to_bytes()
 
     def encoded(self, update: Update) -> Update:
@@ -76,7 +76,7 @@ def test_what_is_committed_is_what_a_site_gets_that_adds_the_step(tmp_path: Path
     for before, after in pairwise(last):
         assert state_hash(stepped(before.state, after.step, kind)) == state_hash(after.state)  # type: ignore[arg-type]
     for site in SITES:  # at the beginning of round 3 each held what round 2 had committed, and sent no more than steps
-        assert state_hash(sites.held[site]) == state_hash(last[2].state)
+        assert sites.held[site].hash == state_hash(last[2].state)
         assert sites.to(3)[site] < (0.27 if kind == "int8" else 0.51) * sites.to(1)[site]
 
 
@@ -136,7 +136,7 @@ def test_who_lost_its_copy_gets_the_whole_state_in_the_same_round(tmp_path: Path
             if site == "oslo" and task.round == 2:
                 self.held.pop(site, None)
             if site == "wien" and task.round == 3:
-                self.held[site] = {name: array + 1 for name, array in self.held[site].items()}
+                self.held[site] = begun({name: array + 1 for name, array in self.held[site].state.items()})
             return super().answer(site, task)
 
     sites = Forgetful(run)
@@ -262,18 +262,21 @@ def test_a_step_is_held_to_the_architecture_and_to_the_state_that_it_names() -> 
     after = stepped(plan.state, step, "int8")
     hashes = {"from": state_hash(plan.state), "to": state_hash(after)}
 
-    def asked(tensors: State, held: State | None, **header: str) -> State | None:
+    def asked(tensors: State, held: Start | None, **header: str) -> Start | None:
         return checked_state(plan.protocol, Task(2, text, 1, pack(tensors, hashes | header)), held)
 
-    for held in (plan.state, after):  # after: this round was begun before
+    for held in (begun(plan.state), begun(after)):  # after: this round was begun before
         found = asked(step, held)
-        assert found is not None and state_hash(found) == hashes["to"]
+        assert found is not None and state_hash(found.state) == found.hash == hashes["to"]
     assert asked(step, None) is None
-    assert asked(step, {name: array * 2 for name, array in after.items()}) is None
-    assert asked(step, plan.state, to="0" * 64) is None
+    other = {name: array * 2 for name, array in after.items()}
+    assert asked(step, begun(other)) is None
+    for said in hashes.values():  # what was damaged on disk, and says it is not
+        assert asked(step, Start(other, said)) is None
+    assert asked(step, begun(plan.state), to="0" * 64) is None
     first = next(iter(plan.state))
     with pytest.raises(PolicyRefusal, match=f"the coordinator's step: tensor '{first}' is float32"):
-        asked(step | {first: plan.state[first]}, plan.state)
+        asked(step | {first: plan.state[first]}, begun(plan.state))
 
 
 def test_int8_and_noise_at_the_server_are_refused_together() -> None:
@@ -400,9 +403,9 @@ def test_a_site_encodes_its_delta_with_what_the_round_before_lost(crossed: Cross
     images, state = open_site(site, run.config.data), run.checkpoint(0).state
     residual = {name: np.full_like(array, 0.5) for name, array in state.items()}
     memory = {f"residual.{name}": array for name, array in residual.items()}
-    made = [local_round(run.protocol, "lyon", 1, state, m, images, Machine(threads=1)) for m in ({}, memory)]
+    made = [local_round(run.protocol, "lyon", 1, begun(state), m, images, Machine(threads=1)) for m in ({}, memory)]
     plain = run.protocol.model_copy(update={"encoding": "float32"})
-    true = local_round(plain, "lyon", 1, state, {}, images, Machine(threads=1))[0].delta
+    true = local_round(plain, "lyon", 1, begun(state), {}, images, Machine(threads=1))[0].delta
     for (update, after), extra in zip(made, (0.0, 0.5), strict=True):
         came, lost = decode(update.delta, "int8"), kept(after)[0]
         for name, array in true.items():
@@ -419,12 +422,12 @@ def test_a_site_that_lost_its_state_says_so_without_training(crossed: Crossed, t
     answer = run_task(site, task)
     assert isinstance(answer, Refusal) and answer.code == "state"
     journal = Journal(site.work, run.digest, 2)
-    journal.hold(run.checkpoint(0).state)
+    journal.hold(begun(run.checkpoint(0).state))
     trained = run_task(site, task)
     assert isinstance(trained, bytes)
     assert Update.from_bytes(trained).state == hashes["to"]
     held = journal.held()
-    assert held is not None and state_hash(held) == hashes["to"]
+    assert held is not None and state_hash(held.state) == held.hash == hashes["to"]
     assert run_task(site, task) == trained  # replayed: what is held is now where the step leads
     path = journal.folder / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

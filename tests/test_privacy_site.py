@@ -241,16 +241,16 @@ def test_what_was_noised_before_a_kill_is_never_seen_and_the_next_try_draws_anew
 ) -> None:
     """Two noised states of one round would average the noise out, and cost twice."""
     run = make_run(tmp_path / "run", **federation())
-    real, written = checkpoint.write_file, list[bytes]()
+    real, written = checkpoint.write_tensors, list[bytes]()
 
-    def cut_after_the_first_file(path: Path, block: bytes) -> None:
+    def cut_after_the_first_file(path: Path, tensors: State) -> None:
         if written:
             raise Cut
-        written.append(block)
-        real(path, block)
+        real(path, tensors)
+        written.append(path.read_bytes())
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_file", cut_after_the_first_file)
+        patch.setattr(checkpoint, "write_tensors", cut_after_the_first_file)
         with pytest.raises(Cut):
             run_rounds(run, Sites(run), ignore)
     assert run.committed() == [0]

@@ -70,16 +70,16 @@ def test_cut_while_the_checkpoint_is_written_leaves_no_half_of_it(
     tmp_path: Path, whole: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run")
-    real, written = checkpoint.write_file, list[str]()
+    real, written = checkpoint.write_tensors, list[str]()
 
-    def cut_at_second_file(path: Path, block: bytes) -> None:
+    def cut_at_second_file(path: Path, tensors: State) -> None:
         written.append(path.name)
         if len(written) == 2:
             raise Cut
-        real(path, block)
+        real(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_file", cut_at_second_file)
+        patch.setattr(checkpoint, "write_tensors", cut_at_second_file)
         with pytest.raises(Cut):
             run_rounds(run, Sites(run), ignore)
     assert run.committed() == [0]

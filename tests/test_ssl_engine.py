@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import begun, tiny
 
 from wardround import ssl as methods
 from wardround.client.local_round import Job, local_round, source, train
@@ -168,11 +168,11 @@ def test_a_site_cannot_cut_a_batch_whose_statistics_normalise_it(machine: Machin
     )
     site = SiteImages(IMAGES, PATIENTS, PATIENTS >= 0, Index(10, 10, 0, 0, {}, (), 10, {}, 10, 0, {}))
     with pytest.raises(ConfigError, match="needs its 4 images at once, once, on one device"):
-        local_round(config.protocol("0" * 64), "lyon", 1, {}, {}, site, machine)
+        local_round(config.protocol("0" * 64), "lyon", 1, begun({}), {}, site, machine)
 
 
 def job_of(config: FederationConfig, state: State, machine: Machine) -> Job:
-    return Job(config.protocol("0" * 64), "lyon", 1, state, {}, source(IMAGES), machine, PATIENTS, None, None)
+    return Job(config.protocol("0" * 64), "lyon", 1, begun(state), {}, source(IMAGES), machine, PATIENTS, None, None)
 
 
 def test_a_fresh_teacher_is_the_student_with_what_of_it_stays_at_the_site() -> None:

@@ -12,13 +12,15 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
+from safetensors.numpy import save_file
 
 from wardround.config.privacy import PrivacyConfig, SitePrivacyConfig, UnitPrivacyConfig
 from wardround.errors import UpdateError
@@ -146,9 +148,24 @@ class Update:
 
 def pack(tensors: Mapping[str, Array], header: Mapping[str, Any]) -> bytes:
     """Return named arrays and a JSON header as one safetensors block, bit-stable."""
-    text = json.dumps(header, sort_keys=True)
-    block: bytes = save_tensors({name: np.asarray(a, order="C") for name, a in tensors.items()}, metadata={META: text})
+    block: bytes = save_tensors(_in_order(tensors), metadata=_metadata(header))
     return block
+
+
+def pack_file(path: Path, tensors: Mapping[str, Array], header: Mapping[str, Any]) -> None:
+    """Write what `pack` returns without having it in memory. Raises OSError where the disk refuses."""
+    try:
+        save_file(_in_order(tensors), path, metadata=_metadata(header))
+    except SafetensorError as error:  # it has no kind of its own for a full disk
+        raise OSError(str(error)) from error
+
+
+def _in_order(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: np.asarray(array, order="C") for name, array in tensors.items()}
+
+
+def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
+    return {META: json.dumps(header, sort_keys=True)}
 
 
 def unpack(block: bytes) -> tuple[State, dict[str, Any]]:
@@ -210,6 +227,13 @@ def check_tensors(who: str, tensors: Mapping[str, Array], expected: Layout) -> N
             raise UpdateError(f"{who}: tensor '{name}' is {found}, expected {dtype}{list(shape)}. {remedy}")
         if not np.isfinite(array).all():
             raise UpdateError(f"{who}: tensor '{name}' holds NaN or infinity. Its training diverged; it is not folded.")
+
+
+class Start(NamedTuple):
+    """A state that a round begins from, and its hash, which takes a while."""
+
+    state: State
+    hash: str
 
 
 @dataclass(frozen=True)

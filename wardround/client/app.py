@@ -23,7 +23,7 @@ from wardround.data import open_site
 from wardround.errors import BudgetExhausted, DataError, PolicyRefusal, UpdateError, WardroundError
 from wardround.signatures import fingerprint
 from wardround.ssl.devices import Machine
-from wardround.update import Refusal, Task, state_hash, withholds
+from wardround.update import Refusal, Task, withholds
 from wardround.wire import answer_to_records, crossing, records_to_task
 
 log = logging.getLogger(__name__)
@@ -101,26 +101,26 @@ def run_task(site: SiteConfig, task: Task, exchange: Exchange | None = None) -> 
     journal = Journal(site.work, protocol.digest(), site.max_trainings_per_round)
     steps = protocol.encoding != "float32"  # a step of float32 has as many bytes as a state
     held = journal.held() if steps else None
-    state = policy.checked_state(protocol, task, held)
-    if state is None:
+    start = policy.checked_state(protocol, task, held)
+    if start is None:
         return Refusal("state", "it does not hold the state that the step starts from")
-    done = journal.replay(task.round, state_hash(state))
+    done = journal.replay(task.round, start.hash)
     if done is not None:
         exchange.kind = "replay"
         return done
     if protocol.privacy.unit == "site" and journal.released(task.round):
         raise PolicyRefusal(f"round {task.round} was released from another state already, and its noise pays for once.")
-    if steps and state is not held:
-        journal.hold(state)
+    if steps and start is not held:
+        journal.hold(start)
     with _own_affair(protocol):
         images = open_site(site, protocol.data)
         policy.refuse_few(site, protocol, images.num_images)
-        level = drift.measured(site, protocol, state, images, machine(site))
+        level = drift.measured(site, protocol, start.state, images, machine(site))
     memory = journal.memory(task.last_folded)
     if memory is None:
         log.warning("site '%s': the site memory of round %d is lost; it starts anew", site.name, task.last_folded)
         memory = {}
-    journal.check_room(WRITTEN * sum(array.nbytes for array in state.values()))
+    journal.check_room(WRITTEN * sum(array.nbytes for array in start.state.values()))
     with journal.training(task.round):
         private = isinstance(protocol.privacy, UnitPrivacyConfig)
         charged = charge(site, protocol, task) if private else None
@@ -128,7 +128,7 @@ def run_task(site: SiteConfig, task: Task, exchange: Exchange | None = None) -> 
     midway = None if private else journal.midway(task.round)  # noise once drawn is not kept to be drawn upon
     with _own_affair(protocol):
         update, memory = local_round(
-            protocol, site.name, task.round, state, memory, images, machine(site), charged, midway
+            protocol, site.name, task.round, start, memory, images, machine(site), charged, midway
         )
     told = None if withholds(protocol.privacy) else level
     update = replace(update, declared=replace(update.declared, audit=exchange.head, drift=told))

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wardround.errors import PolicyRefusal, UpdateError, WardroundError
-from wardround.registry.durable import write_file
-from wardround.update import State, Update, pack, unpack
+from wardround.registry.durable import write_file, write_tensors
+from wardround.update import Start, State, Update, unpack
 
 WRITTEN = 8  # times the state, of a round: update, moments and residual, and as much on the way there
 
@@ -87,7 +87,7 @@ class Journal:
 
         Beside it, only the last folded round is kept: the server names one of the two next.
         """
-        write_file(self._round(round) / "memory.safetensors", pack(memory, {}))
+        write_tensors(self._round(round) / "memory.safetensors", memory)
         write_file(self._round(round) / "update.safetensors", update)
         self.midway(round).unlink(missing_ok=True)
         for old in set(self._finished()) - {round, last_folded}:
@@ -109,16 +109,17 @@ class Journal:
         except (OSError, UpdateError):
             return None
 
-    def held(self) -> State | None:
-        """Return the state that `hold` was given last, or None where it is lost or there was none."""
+    def held(self) -> Start | None:
+        """Return what `hold` was given last, or None where it is lost or there was none."""
         try:
-            return unpack((self.folder / "state.safetensors").read_bytes())[0]
-        except (OSError, UpdateError):
+            state, header = unpack((self.folder / "state.safetensors").read_bytes())
+            return Start(state, str(header["hash"]))
+        except (OSError, UpdateError, KeyError):
             return None
 
-    def hold(self, state: State) -> None:
+    def hold(self, start: Start) -> None:
         """Keep the state that a round trains from, in place of the one before."""
-        write_file(self.folder / "state.safetensors", pack(state, {}))
+        write_tensors(self.folder / "state.safetensors", start.state, {"hash": start.hash})
 
     def _round(self, round: int) -> Path:
         return self.folder / f"round-{round:05d}"

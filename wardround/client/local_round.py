@@ -29,7 +29,7 @@ from wardround.probe.monitor import Monitor, watch
 from wardround.ssl.devices import Machine, launch
 from wardround.ssl.engine import Plain
 from wardround.ssl.pretrain import Engine, Trained, pretrain
-from wardround.update import Declared, State, Update, state_hash, withholds
+from wardround.update import Declared, Start, State, Update, withholds
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -45,7 +45,7 @@ class Job:
     protocol: Protocol
     site: str
     round: int
-    state: State
+    start: Start
     memory: State
     images: Callable[[], NDArray[np.uint8]]  # [N, C, S, S]
     machine: Machine
@@ -69,7 +69,7 @@ def local_round(
     protocol: Protocol,
     site: str,
     round: int,
-    state: State,
+    start: Start,
     memory: State,
     images: SiteImages,
     machine: Machine,
@@ -91,14 +91,14 @@ def local_round(
     mechanism = charged.mechanism if charged else None
     assert (mechanism is not None) == isinstance(protocol.privacy, UnitPrivacyConfig), "trained without a charge"
     residual, memory = kept(memory)
-    job = Job(protocol, site, round, state, memory, source(images.images), machine, units, mechanism, midway_file)
+    job = Job(protocol, site, round, start, memory, source(images.images), machine, units, mechanism, midway_file)
     done = launch(train, machine, protocol.training.precision, job)
-    delta = {name: new - state[name] for name, new in done.state.items()} | done.beside
+    delta = {name: new - start.state[name] for name, new in done.state.items()} | done.beside
     if isinstance(protocol.privacy, SitePrivacyConfig) and protocol.privacy.noise == "site":
         delta = privatise(delta, protocol.privacy, protocol.training.rounds)
     declared = declare(protocol, done, images, time.monotonic() - started, charged)
     encoded, lost = encode(delta, protocol.encoding, residual)  # after the last noise
-    update = Update(site, protocol.digest(), round, state_hash(state), declared, encoded, protocol.encoding)
+    update = Update(site, protocol.digest(), round, start.hash, declared, encoded, protocol.encoding)
     return update, done.memory | keep(lost)
 
 
@@ -125,11 +125,10 @@ def train(fabric: "Fabric", job: Job) -> Done:
     """Train a round in this process, beside the site's others."""
     protocol, training = job.protocol, job.protocol.training
     images = job.images()
-    method = methods.build(protocol)
-    incoming, server = correction.parted(job.state)
+    method = methods.build(protocol, drawn=False)
+    incoming, server = correction.parted(job.start.state)
     moments, site_tensors, own = split(job.memory)
-    start = state_hash(job.state)
-    begun = midway.read(job.midway, start) if job.midway else None
+    begun = midway.read(job.midway, job.start.hash) if job.midway else None
     if begun is None:
         begun = Midway([], correction.start(training.correction, incoming, own), site_tensors, moments)
     methods.set_state(method, begun.state)
@@ -147,7 +146,7 @@ def train(fabric: "Fabric", job: Job) -> Done:
         if job.midway and fabric.global_rank == 0:
             losses = begun.losses + trained.losses
             made = Midway(losses, methods.get_state(method), methods.get_site_tensors(method), trained.moments)
-            midway.write(job.midway, start, made)
+            midway.write(job.midway, job.start.hash, made)
 
     label = f"site '{job.site}', round {job.round}"
     correct = correction.gradient_term(training.correction, incoming, server, own, fabric.device)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wardround.errors import UpdateError
-from wardround.registry.durable import write_file
-from wardround.update import State, pack, unpack
+from wardround.registry.durable import write_tensors
+from wardround.update import State, unpack
 
 _PARTS = ("state", "site", "moments")
 
@@ -27,7 +27,7 @@ class Midway:
 def write(path: Path, start: str, midway: Midway) -> None:
     """Keep a round's first steps; `start` is the hash of the state that it began from."""
     tensors = {f"{part}.{name}": a for part in _PARTS for name, a in getattr(midway, part).items()}
-    write_file(path, pack(tensors, {"start": start, "losses": midway.losses}))
+    write_tensors(path, tensors, {"start": start, "losses": midway.losses})
 
 
 def read(path: Path, start: str) -> Midway | None:

@@ -13,7 +13,7 @@ from wardround.config.correction import VARIATE
 from wardround.encoding import check_encoded, inflate, stepped
 from wardround.errors import ConfigError, PolicyRefusal, UpdateError
 from wardround.plan import architecture, refuse_unsound
-from wardround.update import Layout, State, Task, check_tensors, state_hash, unpack, withholds
+from wardround.update import Layout, Start, State, Task, check_tensors, state_hash, unpack, withholds
 
 _LARGEST = 1000.0  # root mean square of a tensor; trained networks stay below ten
 
@@ -68,7 +68,7 @@ def refuse_few(site: SiteConfig, protocol: Protocol, images: int) -> None:
         )
 
 
-def checked_state(protocol: Protocol, task: Task, held: State | None = None) -> State | None:
+def checked_state(protocol: Protocol, task: Task, held: Start | None = None) -> Start | None:
     """Return the task's state, if it has the architecture that this site builds itself, all numbers finite and bounded.
 
     Where the task holds a step, `held` is what it is added to; None comes back where that does not lead
@@ -79,18 +79,18 @@ def checked_state(protocol: Protocol, task: Task, held: State | None = None) -> 
         tensors, header = unpack(inflate(task.state, expected, "float32", "the coordinator's state"))
         if "from" not in header:
             check_tensors("the coordinator's state", tensors, expected)
-            state: State | None = tensors
+            start: Start | None = Start(tensors, state_hash(tensors))
         else:
-            state = _from_held(protocol, tensors, header, expected, held)
+            start = _from_held(protocol, tensors, header, expected, held)
     except UpdateError as error:
         raise PolicyRefusal(str(error)) from error
-    if state is None:
+    if start is None:
         return None
-    _refuse_large(state)
-    initial = {name: array for name, array in state.items() if not name.startswith(VARIATE)}
+    _refuse_large(start.state)
+    initial = {name: array for name, array in start.state.items() if not name.startswith(VARIATE)}
     if task.round == 1 and state_hash(initial) != protocol.initial_state:
         raise PolicyRefusal("round 1 does not start from the initial weights that the approved protocol names.")
-    return state
+    return start
 
 
 @lru_cache(maxsize=8)  # asked with every task, and a network is built for it
@@ -117,16 +117,16 @@ def _refuse_large(state: State) -> None:
 
 
 def _from_held(
-    protocol: Protocol, step: State, header: Mapping[str, object], expected: Layout, held: State | None
-) -> State | None:
-    """Return the state that a step leads to, or None where the one held is neither its beginning nor its end."""
+    protocol: Protocol, step: State, header: Mapping[str, object], expected: Layout, held: Start | None
+) -> Start | None:
+    """Return the state that a step leads to, or None where the one held is neither its beginning nor its end.
+
+    What the one held is said to be is not looked at again: what comes of it is, by its own hash.
+    """
     check_encoded("the coordinator's step", step, expected, protocol.encoding)
-    if held is None:
+    if held is None or held.hash not in (header["from"], header.get("to")):
         return None
-    found = state_hash(held)
-    if found == header.get("to"):  # this round was begun before
-        return held
-    if found != header["from"]:
-        return None
-    state = stepped(held, step, protocol.encoding)
-    return state if state_hash(state) == header.get("to") else None
+    begun = held.hash == header.get("to")  # this round, before
+    state = held.state if begun else stepped(held.state, step, protocol.encoding)
+    found = state_hash(state)
+    return (held if begun else Start(state, found)) if found == header.get("to") else None

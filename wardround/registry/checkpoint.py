@@ -3,12 +3,13 @@
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from wardround.errors import CheckpointError, UpdateError
-from wardround.registry.durable import new_folder, write_file
-from wardround.update import State, pack, state_hash, unpack
+from wardround.registry.durable import new_folder, write_file, write_tensors
+from wardround.update import State, state_hash, unpack
 
 MANIFEST = "manifest.json"
 STATE, SERVER, STEP = "state.safetensors", "server.safetensors", "step.safetensors"
@@ -24,6 +25,12 @@ class Checkpoint:
     server: State  # the server's own tensors: its optimiser's, and the residual of what it sends
     record: dict[str, Any]  # who took part and how: what the manifest shows a person
     step: State = field(default_factory=dict)  # encoded, from the state before; empty where none is sent
+    named: str = ""  # the state's hash, where a manifest says it
+
+    @cached_property
+    def hash(self) -> str:
+        """The state's hash, which takes a while and is asked for at every hand-over."""
+        return self.named or state_hash(self.state)
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:
@@ -31,16 +38,15 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     files = {STATE: checkpoint.state, SERVER: checkpoint.server} | ({STEP: checkpoint.step} if checkpoint.step else {})
     hashes: dict[str, str] = {}
     with new_folder(folder) as aside:
-        for name, tensors in files.items():  # one block in memory at a time
-            block = pack(tensors, {})
-            hashes[name] = hashlib.sha256(block).hexdigest()
-            write_file(aside / name, block)
-            del block
+        for name, tensors in files.items():
+            write_tensors(aside / name, tensors)
+            with (aside / name).open("rb") as file:
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
         manifest = {
             "format": 1,
             "round": checkpoint.round,
             "protocol": checkpoint.protocol,
-            "state": state_hash(checkpoint.state),
+            "state": checkpoint.hash,
             "files": hashes,
             "record": checkpoint.record,
         }
@@ -59,8 +65,8 @@ def read(folder: Path) -> Checkpoint:
             tensors[name] = unpack(block)[0]
         except (OSError, KeyError, UpdateError) as error:
             raise CheckpointError(_damaged(folder, f"'{name}' cannot be read")) from error
-    round, protocol, record = (manifest[key] for key in ("round", "protocol", "record"))
-    return Checkpoint(round, protocol, tensors[STATE], tensors[SERVER], record, tensors[STEP])
+    round, protocol, record, named = (manifest[key] for key in ("round", "protocol", "record", "state"))
+    return Checkpoint(round, protocol, tensors[STATE], tensors[SERVER], record, tensors[STEP], named)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

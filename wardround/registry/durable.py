@@ -4,27 +4,41 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from wardround.errors import CheckpointError
+from wardround.update import State, pack_file
 
 
 def write_file(path: Path, block: bytes) -> None:
     """Write a file aside, fsync it and rename it into place. Raises CheckpointError where the disk refuses."""
+    with new_file(path) as aside:
+        aside.write_bytes(block)
+
+
+def write_tensors(path: Path, tensors: State, header: Mapping[str, Any] | None = None) -> None:
+    """Write arrays and a JSON header as `write_file` does, without a second copy of them in memory."""
+    with new_file(path) as aside:
+        pack_file(aside, tensors, header or {})
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give an empty file to write into, mode 0600; leaving the block fsyncs it and renames it to `path`."""
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
+            yield Path(name)
+            sync(Path(name))  # by its name: safetensors puts a file of its own in the place of this one
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -38,14 +52,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        sync_folder(aside)
+        sync(aside)
         aside.rename(path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

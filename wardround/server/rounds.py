@@ -153,7 +153,7 @@ def collect(run: RunFolder, last: Checkpoint, spool: Spool, number: int, ask: As
         spool.open(asked)
     missing = sorted(set(asked) - set(spool.arrived()))
     tally, state = Tally(), outgoing(run, last)
-    shapes, start = layout(state), state_hash(state)
+    shapes, start = layout(state), last.hash if state is last.state else state_hash(state)
     for whole in (False, True):  # who lacks the state that its step starts from is asked again with the whole one
         tasks = tasks_of(run, last, number, missing, whole)
         missing = []
@@ -256,7 +256,7 @@ def tasks_of(run: RunFolder, last: Checkpoint, number: int, sites: list[str], wh
     protocol = json.dumps(run.protocol.model_dump(mode="json"), sort_keys=True)
     folded, ledgers = last.record.get("last_folded", {}), last.record.get("ledgers", {})
     near = [site for site in sites if last.step and folded.get(site) == last.round and not whole]
-    hashes = {"from": last.record["parent"], "to": state_hash(last.state)} if near else {}
+    hashes = {"from": last.record["parent"], "to": last.hash} if near else {}
     step = compress(pack(last.step, hashes)) if near else b""
     state = compress(pack(outgoing(run, last), {})) if len(near) < len(sites) else b""
     units = run.config.membership.units if isinstance(run.config.privacy, UnitPrivacyConfig) else {}
@@ -301,6 +301,6 @@ def _record(
         "bytes_received": closed.bytes,
         "bytes_sent": closed.sent,
         "seconds": seconds,
-        "parent": state_hash(last.state),
+        "parent": last.hash,
         "versions": versions(),
     }

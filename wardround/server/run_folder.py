@@ -17,7 +17,7 @@ from wardround.config import FederationConfig, Protocol, parse
 from wardround.errors import CheckpointError
 from wardround.registry import checkpoint
 from wardround.registry.checkpoint import Checkpoint
-from wardround.registry.durable import sync_folder, write_file
+from wardround.registry.durable import sync, write_file
 from wardround.server.membership import Members, read_members, write_members
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class RunFolder:
                 ) from error
             aside = self.round(number).with_name(f"damaged-{number:05d}-{secrets.token_hex(2)}")
             self.round(number).rename(aside)
-            sync_folder(aside.parent)
+            sync(aside.parent)
             print(f"warning: {error} It is set aside as {aside.name}; round {number} is trained again.", flush=True)
         return self.newest()
 

@@ -1,6 +1,7 @@
 """Self-supervised methods: a literal dictionary, one file each, and the one training loop."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -17,6 +18,7 @@ from wardround.ssl.simclr import SimCLR
 from wardround.ssl.simsiam import SimSiam
 from wardround.ssl.spark import SparK
 from wardround.ssl.travel import get_site_tensors, get_state, set_site_tensors, set_state, travelling
+from wardround.ssl.undrawn import Undrawn
 from wardround.ssl.vicreg import VICReg
 
 
@@ -37,9 +39,13 @@ METHODS: dict[str, Callable[[Recipe], Method]] = {
 }
 
 
-def build(recipe: Recipe) -> Method:
-    """Return the method's module with the initial weights that the recipe's seed gives."""
-    with torch.random.fork_rng(devices=[]):  # the caller's own draws go on as if nothing was built
+def build(recipe: Recipe, *, drawn: bool = True) -> Method:
+    """Return the method's module with the initial weights that the recipe's seed gives.
+
+    Where all of its state comes from elsewhere, `drawn=False` saves the drawing: what would be random is then
+    whatever memory holds. What stays at a site begins with constants, or as the student.
+    """
+    with torch.random.fork_rng(devices=[]), nullcontext() if drawn else Undrawn():  # the caller's own draws go on
         torch.manual_seed(recipe.seed)
         method = METHODS[recipe.method.name](recipe)
     freeze(method, recipe.backbone.frozen_stages)

@@ -39,7 +39,7 @@ class Trained:
     """What a stretch of training leaves beside the module's new weights."""
 
     losses: list[float]  # one a step
-    moments: State  # the optimiser's, by parameter name; part of the site memory
+    moments: State  # the optimiser's, by parameter name; at the end empty where none are kept for the next round
 
 
 def pretrain(
@@ -84,4 +84,4 @@ def pretrain(
                 f"{label}: the loss is {value} at local step {place + 1} of {steps}. Lower [training] learning_rate, "
                 "set clip_norm, or train in float32."
             )
-    return Trained(values, get_moments(method, optimiser))
+    return Trained(values, get_moments(method, optimiser) if training.optimiser_state == "kept" else {})

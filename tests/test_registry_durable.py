@@ -1,0 +1,56 @@
+"""What is written is whole or not there, private, and the very bytes that cross."""
+
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wardround.registry.durable import new_file, write_file, write_tensors
+from wardround.update import pack, unpack
+
+TENSORS = {"b": np.arange(6, dtype=np.float32).reshape(2, 3).T, "a": np.array(3.0), "codes": np.zeros(7, np.int8)}
+
+
+def test_tensors_are_written_as_they_are_packed(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "state.safetensors", TENSORS, {"hash": "1f"})
+    block = (tmp_path / "state.safetensors").read_bytes()
+    assert block == pack(TENSORS, {"hash": "1f"})
+    found, header = unpack(block)
+    assert header == {"hash": "1f"} and all(np.array_equal(found[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_nobody_else_can_read_what_is_written(tmp_path: Path) -> None:
+    write_file(tmp_path / "block", b"x")
+    write_tensors(tmp_path / "state", TENSORS)
+    assert [path.stat().st_mode & 0o777 for path in sorted(tmp_path.iterdir())] == [0o600, 0o600]
+
+
+def test_what_fails_in_the_middle_leaves_the_file_of_before(tmp_path: Path) -> None:
+    write_file(tmp_path / "block", b"before")
+    with pytest.raises(KeyError), new_file(tmp_path / "block") as aside:
+        aside.write_bytes(b"half")
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["block"]
+    assert (tmp_path / "block").read_bytes() == b"before"
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
+    """In a process of its own: the limit stands for a disk, and holds for all that a process writes."""
+    code = (
+        "import numpy as np, pathlib, sys; from wardround.registry.durable import write_tensors\n"
+        "try: write_tensors(pathlib.Path(sys.argv[1]), {'w': np.zeros(10_000)})\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    command = [sys.executable, "-c", code, str(tmp_path / "state")]
+    said = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"CheckpointError {tmp_path / 'state'}: cannot be written:") and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
