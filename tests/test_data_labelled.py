@@ -58,6 +58,31 @@ def test_a_row_without_a_label_is_refused(labelled: Path) -> None:
         read_labelled(labelled, AS_IS)
 
 
+def test_several_labels_stand_in_a_cell_and_an_empty_one_means_none(labelled: Path) -> None:
+    table = (labelled / "labels.csv").read_text().splitlines()
+    cells = ["effusion;mass", "", " mass ; mass"]
+    lines = [f"{line},{'findings' if place == 0 else cells[place % 3]}" for place, line in enumerate(table)]
+    (labelled / "labels.csv").write_text("\n".join(lines))
+    found = read_labelled(labelled, AS_IS, "findings", multi_label=True)
+    assert found.classes == ("effusion", "mass") and found.multi_label
+    assert found.labels[:3].tolist() == [[0, 0], [0, 1], [1, 1]]
+    assert found.one_hot is found.labels
+    (labelled / "labels.csv").write_text("\n".join([lines[0], *lines[3::3]]))
+    with pytest.raises(DataError, match=r"row 2: column 'findings' holds several labels .* say --multi-label"):
+        read_labelled(labelled, AS_IS, "findings")
+
+
+def test_any_column_makes_groups(labelled: Path) -> None:
+    table = (labelled / "labels.csv").read_text().splitlines()
+    lines = [f"{line},{'scanner' if place == 0 else ('A', 'B', '')[place % 3]}" for place, line in enumerate(table)]
+    (labelled / "labels.csv").write_text("\n".join(lines))
+    groups = read_labelled(labelled, AS_IS, by=("site", "scanner")).groups
+    assert groups["scanner"][:3].tolist() == ["B", "(empty)", "A"]
+    assert set(groups["site"]) == {"lyon", "oslo"}
+    with pytest.raises(DataError, match="lacks the column 'age'; its columns are file"):
+        read_labelled(labelled, AS_IS, by=("age",))
+
+
 def test_an_image_that_cannot_be_read_stops_an_evaluation_with_its_name(labelled: Path) -> None:
     (labelled / "images/oslo-3.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"'images/oslo-3.png': empty: 0 bytes. Mend it, or leave its row out"):

@@ -1,5 +1,6 @@
 """The comparison of a backbone with its random start and raw pixels: fair, repeatable, readable."""
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -8,17 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import tiny, write_labelled
+from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 
 from wardround.backbones import save_release
 from wardround.config.federation import DataConfig
 from wardround.data import LabelledImages, procedural_set, read_labelled
-from wardround.downstream.arms import protocol_of, raw_pixels, three_arms
-from wardround.downstream.evaluate import compare, evaluate, evaluate_backbone
+from wardround.downstream.answers import draw_labels
+from wardround.downstream.arms import imagenet_arm, protocol_of, raw_pixels, three_arms
+from wardround.downstream.evaluate import Evaluation, Request, compare, evaluate, evaluate_backbone
+from wardround.downstream.finetune import Tuning
+from wardround.downstream.splits import split
 from wardround.errors import CheckpointError, ConfigError, DataError
 from wardround.plan import resolve
+from wardround.probe import knn_probabilities, score
+from wardround.report.measured import draw_all, tables
 
 SIZE = 16
 
@@ -115,8 +124,10 @@ def test_the_result_reads_as_a_table_and_as_json() -> None:
     ):
         assert part in text
     saved = json.loads(found.to_json())
-    assert saved["rows"][0]["mean"] == {"balanced_accuracy": 1.0, "auc": 1.0}
+    assert saved["rows"][0]["mean"] == pytest.approx({"balanced_accuracy": 1.0, "auc": 1.0, "average_precision": 1.0})
     assert saved["notes"] == list(found.notes)
+    assert torch.__version__.startswith(saved["versions"]["torch"])
+    assert Evaluation.from_json(found.to_json()) == found
 
 
 @pytest.mark.parametrize(("fractions", "draws"), [((), 1), ((0.0,), 1), ((1.5,), 1), ((0.5,), 0)])
@@ -169,9 +180,174 @@ def test_a_release_without_a_protocol_says_what_it_lacks(folder: Path) -> None:
 
 def test_a_labelled_folder_is_evaluated_from_a_release_folder(folder: Path, tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data", {"lyon": 60, "oslo": 60})
-    found = evaluate_backbone(str(folder), data, "label", 2, None)
+    found = evaluate_backbone(Request(str(folder), data, draws=2))
     assert [row.arm for row in found.rows[::6]] == ["backbone", "random", "raw pixels"]
     assert all(0.0 <= row.mean.auc <= 1.0 for row in found.rows)
+    assert found.weights == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_other_backbones_stand_in_the_same_table_by_their_names(folder: Path, tmp_path: Path) -> None:
+    plan = resolve(tiny(name="other"))
+    moved = {name: array + np.float32(0.05) for name, array in plan.state.items()}
+    save_release(plan.protocol, moved, tmp_path / "moved", {"protocol": plan.protocol.model_dump(mode="json")})
+    data = write_labelled(tmp_path / "data", {"lyon": 60})
+    request = Request(str(folder), data, draws=1, fractions=(1.0,), against=(f"central={tmp_path / 'moved'}",))
+    found = evaluate_backbone(request)
+    assert list(dict.fromkeys(row.arm for row in found.rows)) == ["backbone", "random", "raw pixels", "central"]
+    alone = evaluate_backbone(replace(request, source=str(tmp_path / "moved"), against=()))
+    assert found.score("central") == alone.score("backbone")
+    with pytest.raises(ConfigError, match="--against random: is the name of another arm; write OTHERNAME="):
+        evaluate_backbone(replace(request, against=(f"random={folder}",)))
+    with pytest.raises(ConfigError, match="'nowhere': is neither a folder nor NAME@alias"):
+        evaluate_backbone(replace(request, against=("local=nowhere",)))
+
+
+def test_a_backbone_of_other_images_is_not_compared(folder: Path, tmp_path: Path) -> None:
+    plan = resolve(tiny(data={"image_size": 32}))
+    save_release(plan.protocol, plan.state, tmp_path / "large", {"protocol": plan.protocol.model_dump(mode="json")})
+    data = write_labelled(tmp_path / "data", {"lyon": 60})
+    with pytest.raises(ConfigError, match=r"images are \(1, 16, 16\), the large takes \(1, 32, 32\)"):
+        evaluate_backbone(Request(str(folder), data, against=(f"large={tmp_path / 'large'}",)))
+
+
+def test_imagenets_weights_are_timms_in_the_recipes_size_and_channels(tmp_path: Path) -> None:
+    recipe = tiny(data={"image_size": 32})
+    own = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    save_file(own.state_dict(), tmp_path / "vit.safetensors")
+    arm = imagenet_arm(tmp_path / "vit.safetensors", recipe)
+    model = arm.build(np.zeros((1, 1, 32, 32), np.uint8))
+    assert torch.equal(model.blocks[11].mlp.fc2.weight, own.blocks[11].mlp.fc2.weight)
+    torch.testing.assert_close(model.patch_embed.proj.weight[:, 0], own.patch_embed.proj.weight.sum(1))
+    assert arm.recipe.data.mean == (0.5,)  # of this architecture in timm, and not the recipe's by chance
+    assert arm(np.zeros((3, 1, 32, 32), np.uint8)).shape == (3, 192)
+
+
+def test_weights_that_are_not_of_the_architecture_are_refused_and_pickles_too(tmp_path: Path) -> None:
+    """timm itself loads them without a word, where no classifier is asked for."""
+    other = timm.create_model("resnet18", num_classes=0)
+    save_file(other.state_dict(), tmp_path / "resnet.safetensors")
+    recipe = tiny(data={"image_size": 32})
+    with pytest.raises(ConfigError, match=r"is not timm's 'vit_tiny_patch16_224' .* it lacks 150 of 150 tensors"):
+        imagenet_arm(tmp_path / "resnet.safetensors", recipe)
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ConfigError, match="is not timm's 'vit_tiny_patch16_224'"):
+        imagenet_arm(tmp_path / "broken.safetensors", recipe)
+    (tmp_path / "vit.pth").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"is no file NAME\.safetensors"):
+        imagenet_arm(tmp_path / "vit.pth", recipe)
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "vit.safetensors")
+    with pytest.raises(ConfigError, match="patches of 16 pixels do not cover an image of 24"):
+        imagenet_arm(tmp_path / "vit.safetensors", tiny(data={"image_size": 24}))
+
+
+def test_networks_are_trained_on_and_the_untrained_one_from_scratch_at_every_draw(folder: Path) -> None:
+    tuning = Tuning(ways=("full",), epochs=1, least_steps=10, batch_size=8, checks=1)
+    found = evaluate(three_arms(folder), striped(20), fractions=(0.5, 1.0), draws=2, tuning=tuning)
+    assert [(row.arm, row.probe, row.draws) for row in found.rows if row.fraction == 1.0] == [
+        ("backbone", "k-NN", 1),
+        ("backbone", "linear", 1),
+        ("backbone", "full", 2),
+        ("random", "k-NN", 1),
+        ("random", "linear", 1),
+        ("random", "scratch", 2),
+        ("raw pixels", "k-NN", 1),
+        ("raw pixels", "linear", 1),
+    ]
+    # The fixture releases the initial state: the same weights, draws and seeds give the same scores.
+    of = {row.arm: row.scores for row in found.rows if row.fraction == 1.0 and row.probe in ("full", "scratch")}
+    assert of["backbone"] == of["random"] and len(set(of["random"])) == 2
+    made = {(row.arm, row.probe) for row in found.uncertain}
+    assert {
+        ("backbone", "full, ensemble of 2"),
+        ("backbone", "full, MC dropout"),
+        ("random", "k-NN, ensemble of 2"),
+    } <= made
+    assert ("raw pixels", "linear, MC dropout") not in made
+
+
+def test_an_ensemble_answers_with_the_mean_of_its_members() -> None:
+    images = striped()
+    found = evaluate({"noise": noise}, images, fractions=(0.1,), draws=3)
+    rows = {row.probe: row for row in found.uncertain}
+    places, features = split(images), noise(images.images)
+    members = [
+        knn_probabilities(features[train], images.labels[train], features[places.test], 2)
+        for train in draw_labels(images, places.train, 0.1, 3, 0)
+    ]
+    assert rows["k-NN, ensemble of 3"].mean == score(images.labels[places.test], np.mean(members, axis=0))
+
+
+def test_groups_are_scored_by_themselves_and_small_ones_are_warned_of() -> None:
+    images = striped(240)
+    site = np.where(images.patients % 60 < 15, "small", "large")
+    turned = replace(
+        images,
+        groups={"site": site},
+        labels=np.where((site == "small") & (images.splits == "test"), 1 - images.labels, images.labels),
+    )
+    found = evaluate({"knows": answer}, turned, fractions=(1.0,))
+    groups = {group.value: group for group in found.subgroups if group.probe == "linear"}
+    assert groups["large"].mean is not None and groups["large"].mean.balanced_accuracy == 1.0
+    assert groups["small"].mean is not None and groups["small"].mean.balanced_accuracy == 0.0
+    assert (groups["large"].images, groups["large"].patients, groups["large"].small) == (144, 36, False)
+    assert (groups["small"].patients, groups["small"].small) == (12, True)
+    assert found.notes == ("warning: group site = small: fewer than 10 test patients of a class; too small to tell",)
+
+
+def test_a_group_of_one_class_has_no_score() -> None:
+    images = striped()
+    found = evaluate({"knows": answer}, replace(images, groups={"kind": images.labels.astype(str)}), fractions=(1.0,))
+    assert all(group.mean is None and group.small for group in found.subgroups)
+    assert "one class" in printed(found)
+
+
+def test_several_labels_an_image_are_measured_from_table_to_picture(tmp_path: Path) -> None:
+    images = striped()
+    bright = (images.images[:, 0, :2, :2].mean(axis=(1, 2)) > 99).astype(np.int64)
+    several = replace(images, labels=np.stack([images.labels, bright], axis=1), classes=("along", "bright"))
+    found = evaluate({"knows": answer}, several, fractions=(0.2, 1.0), draws=2)
+    assert found.headline == ("AUC", "mAP") and found.rows[0].mean.balanced_accuracy is None
+    assert found.details[0].confusion is None
+    assert "AUC / mAP" in printed(found)
+    draw_all(found, several, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"reliability.png", "neighbours-knows.png"}
+
+
+def test_pictures_are_drawn_under_names_that_are_files(tmp_path: Path) -> None:
+    images = striped()
+    found = evaluate({"releases/eye@champion": answer, "noise": noise}, images, fractions=(1.0,))
+    draw_all(found, images, tmp_path / "new")
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert names == {"reliability.png", "confusion.png", "neighbours-releases-eye-champion.png", "neighbours-noise.png"}
+    for name in names:
+        pixels = np.asarray(Image.open(tmp_path / "new" / name).convert("L"))
+        assert min(pixels.shape) > 300 and pixels.std() > 5
+
+
+def test_a_confusion_counts_the_test_images_by_truth_and_answer() -> None:
+    images = striped()
+    test = images.splits == "test"
+    turned = replace(images, labels=np.where(test, 1 - images.labels, images.labels))
+    found = evaluate({"knows": answer}, turned, fractions=(1.0,))
+    assert found.details[1].confusion == ((0, 24), (24, 0))
+
+
+def test_forced_splits_are_said_in_table_and_result() -> None:
+    images = striped()
+    images.splits[0] = "test"
+    with pytest.raises(DataError, match="1 of 60 patients are in more than one split"):
+        evaluate({"knows": answer}, images, fractions=(1.0,))
+    found = evaluate({"knows": answer}, images, fractions=(1.0,), force_splits=True)
+    assert found.notes[0].startswith("FORCED: 1 of 60 patients")
+    assert "FORCED" in printed(found)
+
+
+def printed(found: Evaluation) -> str:
+    console = Console(width=140, file=io.StringIO())
+    for one in tables(found):
+        console.print(one)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return str(text)
 
 
 @pytest.mark.slow

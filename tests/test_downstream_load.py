@@ -71,6 +71,12 @@ def test_what_the_backbone_cannot_be_is_refused_in_one_line(folder: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
+def test_an_image_that_its_patches_do_not_cover_is_refused(folder: Path) -> None:
+    """timm builds it, and leaves the last pixels out without a word."""
+    with pytest.raises(ConfigError, match=r"img_size = 20.*patches of 8 pixels do not cover an image of 20"):
+        load_backbone(folder, img_size=20)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_damaged_release_is_refused(folder: Path, name: str) -> None:
     content = (folder / name).read_bytes()

@@ -83,3 +83,44 @@ def test_too_few_patients_to_take_a_validation_split_from_are_refused() -> None:
     one_each = np.where(one_each == "val", "other", one_each)
     with pytest.raises(DataError, match="of 0 images, split train has none of 2 classes"):
         split(replace(images, splits=one_each))
+
+
+def test_forced_splits_are_measured_and_the_result_says_so() -> None:
+    images = labelled()
+    images.splits[0] = "test"
+    with pytest.raises(DataError, match="or say --force-splits"):
+        split(images)
+    found = split(images, force=True)
+    assert found.notes == (
+        "FORCED: 1 of 40 patients are in more than one split (1 in train and test), "
+        "so the scores measure in part who is recognised",
+    )
+    assert len(found.test) == 25
+
+
+def several() -> LabelledImages:
+    """Return a set of three labels: every second patient has the first, every image but one in four the others."""
+    images = labelled()
+    places = np.arange(len(images.labels))
+    return replace(
+        images,
+        labels=np.stack([images.labels, places % 4 > 0, places % 4 < 2], axis=1).astype(np.int64),
+        classes=("a", "b", "c"),
+    )
+
+
+def test_several_labels_an_image_are_split_alike() -> None:
+    assert [len(part) for part in vars(split(several())).values()] == [72, 24, 24, 0]
+
+
+def test_a_label_that_a_split_lacks_or_that_all_its_images_have_is_named() -> None:
+    images = several()
+    test = images.splits == "test"
+    without, everywhere = images.labels.copy(), images.labels.copy()
+    without[test, 1], everywhere[test, 2] = 0, 1
+    with pytest.raises(DataError, match=r"split test has none of 1 classes \('b'\)"):
+        split(replace(images, labels=without))
+    with pytest.raises(DataError, match="all 24 images of split test have the label 'c'"):
+        split(replace(images, labels=everywhere))
+    with pytest.raises(DataError, match="all images have the same"):
+        split(replace(images, labels=np.ones_like(images.labels)))

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 DOORS = {
     "flwr": {"wire.py", "simulate.py", "server/app.py", "client/app.py", "client/node.py", "connection.py"},
-    "mlflow": {"registry/mlflow_store.py"},
+    "mlflow": {"registry/mlflow_connection.py", "registry/mlflow_store.py"},
     "lightly": {"ssl/"},
     "opacus": {"privacy/"},
     "dp_accounting": {"privacy/accounting.py"},
@@ -20,9 +20,12 @@ DOORS = {
     "einops": {"backbones/"},
     "lightning_fabric": {"ssl/devices.py", "ssl/engine.py", "client/local_round.py", "privacy/engine.py"},
     "sklearn": {"probe/"},
+    "torchmetrics": {"probe/"},
+    "peft": {"downstream/lora.py"},
     "prometheus_client": {"server/metrics.py"},
-    "requests": {"registry/mlflow_store.py", "data/dicomweb_server.py"},
+    "requests": {"registry/mlflow_connection.py", "data/dicomweb_server.py"},
     "matplotlib": {"report/"},
+    "cyclonedx": {"registry/sbom.py"},
 }
 
 

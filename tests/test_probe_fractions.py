@@ -55,3 +55,22 @@ def test_any_cohort_gives_whole_patients_of_every_class(seed: int, share: float)
     assert set(labels[drawn]) == set(labels)
     assert len(drawn) >= share * 80 - 1e-6
     assert set(np.flatnonzero(np.isin(patients, patients[drawn]))) == set(drawn)
+
+
+def test_of_several_labels_each_is_drawn_with_and_without() -> None:
+    patients = np.repeat(np.arange(50), 4)
+    labels = np.zeros((200, 3), np.int64)
+    labels[:, 0] = 1
+    labels[9, 0] = 0  # one image of all has it not
+    labels[33, 1] = 1  # one image of all has it
+    labels[patients % 2 == 0, 2] = 1
+    drawn = draw_fraction(labels, patients, 0.02, np.random.default_rng(0))
+    assert labels[drawn].any(axis=0).all() and not labels[drawn].all(axis=0).any()
+    assert set(np.flatnonzero(np.isin(patients, patients[drawn]))) == set(drawn)
+
+
+def test_patients_without_any_label_have_their_share() -> None:
+    patients = np.repeat(np.arange(100), 2)
+    labels = np.where(patients[:, None] < 20, np.eye(2, dtype=np.int64)[patients % 2], 0)
+    drawn = draw_fraction(labels, patients, 0.1, np.random.default_rng(0))
+    assert (~labels[drawn].any(axis=1)).sum() == 16 and labels[drawn].sum(axis=0).tolist() == [2, 2]

@@ -99,3 +99,35 @@ def test_the_probes_are_deterministic() -> None:
     train, val, test = (shifted(rng, 100, scale=2.0) for _ in range(3))
     first, second = (linear_probabilities(train, val, test.features) for _ in range(2))
     np.testing.assert_array_equal(first, second)
+
+
+def test_of_several_labels_auc_and_average_precision_are_means_over_those_that_vary() -> None:
+    labels = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1], [0, 0, 1]])
+    found = score(labels, np.array([[0.9, 0.5, 0.5], [0.8, 0.5, 0.5], [0.7, 0.5, 0.5], [0.1, 0.5, 0.5]]))
+    # Only the first varies: 0.9 beats both, 0.7 beats 0.1 only; precision 1 at the first, 2/3 at the second.
+    assert found.auc == pytest.approx(3 / 4)
+    assert found.average_precision == pytest.approx((1 + 2 / 3) / 2)
+    assert found.balanced_accuracy is None and found.headline == (found.auc, found.average_precision)
+
+
+def test_neighbours_vote_on_each_label_by_itself() -> None:
+    labels = np.array([[1, 1], [1, 0], [0, 0], [0, 0]])
+    votes = knn_probabilities(CROSS, labels, np.array([[2.0, 2.0]], np.float32), 2, k=2)
+    np.testing.assert_allclose(votes, [[1.0, 0.5]])
+
+
+def test_the_linear_probe_finds_labels_that_overlap() -> None:
+    rng = np.random.default_rng(3)
+    parts = []
+    for count in (200, 80, 200):
+        labels = rng.integers(0, 2, (count, 3))
+        parts.append(
+            Labelled((labels @ rng_directions() + rng.normal(size=(count, 5)) * 0.3).astype(np.float32), labels)
+        )
+    train, val, test = parts
+    found = score(test.labels, linear_probabilities(train, val, test.features))
+    assert found.auc > 0.95 and found.average_precision > 0.95
+
+
+def rng_directions() -> np.ndarray:
+    return np.random.default_rng(9).normal(size=(3, 5))

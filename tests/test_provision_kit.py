@@ -111,14 +111,14 @@ def test_a_kit_holds_no_secret_but_the_sites_own(kits: Path) -> None:
     names |= {"site.toml", "compose.yaml"}
     assert {path.name for path in (kits / "lyon").iterdir()} == names
     secrets = [block for name, block in contents(kits / "coordinator").items() if name.endswith(".key")]
-    assert len(secrets) == 3
+    assert len(secrets) == 4
     assert not set(secrets) & set(contents(kits / "lyon").values())
     assert (kits / "lyon" / "site.key").read_bytes() != (kits / "oslo" / "site.key").read_bytes()
 
 
 def test_what_is_made_can_be_read_by_nobody_else(kits: Path) -> None:
     files = [path for path in kits.rglob("*") if path.is_file()]
-    assert len([path for path in files if path.suffix == ".key"]) == 5
+    assert len([path for path in files if path.suffix == ".key"]) == 6
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 

@@ -7,13 +7,17 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import requests
 import timm
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 from PIL import Image
+from released import PIN, write_release
 from timm.models import save_for_hf
 
 from wardround.errors import ConfigError, TrackingError
@@ -28,7 +32,8 @@ SMALL = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETR
 class Server:
     """An `mlflow server` process that can be stopped and started again at the same address."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
+        self.options, self.environment = options, {**os.environ, **SMALL, **(environment or {})}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -41,7 +46,7 @@ class Server:
         stores = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", "artifacts"]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, *stores], cwd=self.folder, env={**os.environ, **SMALL}, stdout=log, stderr=log
+                [*command, *stores, *self.options], cwd=self.folder, env=self.environment, stdout=log, stderr=log
             )
         for _ in range(300):
             try:
@@ -126,3 +131,86 @@ def test_a_round_that_the_server_missed_is_logged_when_it_is_back(server: Server
     server.start()
     store.log_round(run, 2, {"loss": 0.5}, {})
     store.close_run(run, "FINISHED")
+
+
+AUTH = """
+[mlflow]
+default_permission = NO_PERMISSIONS
+database_uri = sqlite:///auth.db
+admin_username = coordinator
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+auth_cache_ttl_seconds = 60
+"""
+PASSWORDS = {"coordinator": "of-the-coordinator", "team": "of-a-downstream-team"}
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Server]:
+    """A server that asks for a name and a password, and grants nothing by itself."""
+    (tmp_path / "auth.ini").write_text(AUTH)
+    environment = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["coordinator"],
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "of the pages",
+    }
+    started = Server(tmp_path, ["--app-name", "basic-auth"], environment)
+    yield started
+    started.stop()
+
+
+def test_a_downstream_team_reads_releases_and_none_of_the_hospitals_runs(
+    guarded: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only MLflow's own basic auth shows what a grant opens; docs/releases.md has these grants."""
+
+    def become(user: str) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORDS[user])
+
+    def asked(way: str, path: str) -> int:
+        return requests.request(
+            way, f"{guarded.address}{path}", auth=("team", PASSWORDS["team"]), timeout=10
+        ).status_code
+
+    become("coordinator")
+    store, client = Store(guarded.address), MlflowClient(guarded.address, guarded.address)
+    run = store.open_run("lungs", "p" * 64, {"seed": "1"}, {"federation.json": "{}"})
+    store.log_round(run, 1, {"loss": 1.0, "lyon/loss": 2.0}, {})
+    store.register(write_release(tmp_path / "r", "lungs", 1), "lungs", "champion", run, {"round": "1"}, {"loss": 1.0})
+    federation = client.get_experiment_by_name("lungs").experiment_id
+    releases = client.get_experiment_by_name("releases/lungs").experiment_id
+
+    def grant(path: str, **what: str) -> None:
+        admin = ("coordinator", PASSWORDS["coordinator"])
+        requests.post(f"{guarded.address}/api{path}", json=what, auth=admin, timeout=10).raise_for_status()
+
+    grant("/2.0/mlflow/users/create", username="team", password=PASSWORDS["team"])
+    become("team")
+    with pytest.raises(ConfigError, match="there is no 'lungs'"):
+        store.pull("lungs@champion", tmp_path / "none")
+    grants = {"username": "team", "permission": "READ"}
+    grant("/3.0/mlflow/users/permissions/grant", resource_type="registered_model", resource_id="lungs", **grants)
+    with pytest.raises(TrackingError, match="403"):
+        store.pull("lungs@champion", tmp_path / "none")
+    grant("/3.0/mlflow/users/permissions/grant", resource_type="experiment", resource_id=releases, **grants)
+
+    assert [row.metrics for row in store.models()] == [{"loss": 1.0}]
+    assert release.signer(store.pull("lungs@champion", tmp_path / "pulled", PIN)) == PIN
+    hidden: list[Callable[[], object]] = [
+        lambda: client.get_run(run),
+        lambda: client.get_experiment(federation),
+        lambda: client.get_metric_history(run, "lyon/loss"),
+        lambda: client.list_artifacts(run),
+        lambda: client.set_registered_model_alias("lungs", "champion", "1"),
+        lambda: client.set_model_version_tag("lungs", "1", "wardround.champion.0001", "{}"),
+    ]
+    for call in hidden:
+        with pytest.raises(MlflowException, match="403"):
+            call()
+    assert client.search_runs([federation, releases]) == [] and client.search_logged_models([federation]) == []
+    assert [one.name for one in client.search_experiments()] == ["releases/lungs"]
+    artifacts = "/api/2.0/mlflow-artifacts/artifacts"
+    assert asked("GET", f"{artifacts}/{federation}/{run}/artifacts/federation.json") == 403
+    assert asked("GET", f"{artifacts}?path=") == 403
+    assert asked("GET", f"/get-artifact?path=federation.json&run_uuid={run}") == 403
+    assert asked("PUT", f"{artifacts}/{releases}/models/x/artifacts/model.safetensors") == 403

@@ -13,6 +13,7 @@ from honest_sites import Cut, Sites, ignore, make_run
 from wardround.errors import ConfigError, UpdateError
 from wardround.report.tables import rounds_table
 from wardround.server import rounds, tracking
+from wardround.server.release import export, guarantee
 from wardround.server.rounds import run_rounds
 from wardround.server.run_folder import open_run
 from wardround.update import Declared, Refusal, Task, Update
@@ -197,7 +198,7 @@ def test_a_release_says_what_each_site_spent_and_through_which_round(tmp_path: P
             return Refusal("silent", "sent nothing") if silent else super().answer(site, task)
 
     run_rounds(run, OneFallsSilent(run), ignore)
-    promised = json.loads((tracking.export(run) / "provenance.json").read_text())["differential_privacy"]
+    promised = json.loads((export(run) / "provenance.json").read_text())["differential_privacy"]
     assert promised["unit"] == "patient" and promised["delta"] == 1e-3
     assert promised["adjacency"] == "add or remove one patient"
     assert promised["epsilon"] == {"lyon": 2.5, "oslo": 1.25, "wien": 2.5}
@@ -208,4 +209,4 @@ def test_a_release_says_what_each_site_spent_and_through_which_round(tmp_path: P
     )
     bare = make_run(tmp_path / "bare")
     run_rounds(bare, Sites(bare), ignore)
-    assert tracking.guarantee(bare) == "none"
+    assert guarantee(bare) == "none"

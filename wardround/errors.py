@@ -7,7 +7,8 @@
     ├── BudgetExhausted   the privacy budget does not cover what is asked
     ├── UpdateError       an update cannot be folded
     ├── CheckpointError   a checkpoint or a run folder is damaged or belongs elsewhere
-    └── TrackingError     MLflow cannot be reached, or refuses
+    ├── TrackingError     MLflow cannot be reached, or refuses
+    └── ReleaseRefusal    a version does not pass the gate to the alias champion
 
 A message is one line: who, what was found and what was expected, and the remedy. The command
 prints it and exits with 2. Anything else that is raised is a defect of Wardround, not of its user.
@@ -44,3 +45,7 @@ class CheckpointError(WardroundError):
 
 class TrackingError(WardroundError):
     """MLflow cannot be reached, or refuses."""
+
+
+class ReleaseRefusal(WardroundError):
+    """A version does not pass the gate to the alias champion."""

@@ -20,6 +20,7 @@ from wardround.errors import ConfigError
 from wardround.privacy import site_level
 from wardround.privacy.accounting import Mechanism, curve, mechanism
 from wardround.privacy.engine import Private, clipper, refuse_coupled
+from wardround.registry.release import WEIGHTS, file_hashes
 from wardround.registry.source import release_folder
 from wardround.ssl.devices import Machine, open_fabric
 from wardround.ssl.engine import Plain
@@ -34,6 +35,7 @@ class Plan:
     config: FederationConfig
     protocol: Protocol
     state: State  # what round 1 starts from
+    start: str | None = None  # SHA-256 of the released weights that its backbone is from
 
     @property
     def digest(self) -> str:
@@ -96,12 +98,12 @@ def resolve(config: FederationConfig) -> Plan:
         )
     _check_resolutions(method)
     _check_privacy(method, config)
-    state = methods.get_state(method)
+    state, start = methods.get_state(method), None
     if config.initial_weights is not None:
         with release_folder(config.initial_weights) as folder:
-            loaded = load_into(config, folder)
+            loaded, start = load_into(config, folder), file_hashes(folder)[WEIGHTS]
         state |= {name: array for name, array in loaded.items() if name in state}  # not what stays at the sites
-    return Plan(config, config.protocol(state_hash(state)), state)
+    return Plan(config, config.protocol(state_hash(state)), state, start)
 
 
 def _check_resolutions(method: methods.Method) -> None:

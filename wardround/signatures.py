@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePrivateKey, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.serialization import ssh_key_fingerprint
 from cryptography.x509 import ExtensionNotFound, Name, SubjectAlternativeName, load_pem_x509_certificate
@@ -38,7 +39,7 @@ def _message(parts: tuple[bytes | str, ...]) -> bytes:
     return b"".join(hashlib.sha384(part.encode() if isinstance(part, str) else part).digest() for part in parts)
 
 
-def fingerprint(key: EllipticCurvePublicKey) -> str:
+def fingerprint(key: EllipticCurvePublicKey | Ed25519PublicKey) -> str:
     """Return what `ssh-keygen -lf` prints of a public key, to be read out over the telephone."""
     return "SHA256:" + base64.b64encode(ssh_key_fingerprint(key, SHA256())).decode().rstrip("=")
 

@@ -26,6 +26,9 @@ for command in (
     federation.constants,
     backbone.models,
     backbone.pull,
+    backbone.register,
+    backbone.promote,
+    backbone.rollback,
     backbone.evaluate,
 ):
     cli.command()(command)

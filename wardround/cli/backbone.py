@@ -8,43 +8,156 @@ from rich.console import Console
 
 from wardround.cli.options import Tracking, default_tracking, say_next
 
+Reference = Annotated[str, typer.Argument(help="NAME@alias or NAME/version.")]
+Trust = Annotated[
+    str | None,
+    typer.Option(
+        help="Who may have signed it: the fingerprint that the coordinator read out (SHA256:...); several with commas.",
+        envvar="WARDROUND_TRUST",
+    ),
+]
+
 
 def models(tracking: Tracking = None) -> None:
-    """List the registered backbones."""
+    """List the registered backbones: champion and candidates, their probes beside the floors, their privacy."""
     from wardround.registry.mlflow_store import Store
-    from wardround.report.tables import models_table
+    from wardround.report.releases import models_table
 
     Console().print(models_table(Store(tracking or default_tracking()).models()))
 
 
 def pull(
-    reference: Annotated[str, typer.Argument(help="NAME@alias or NAME/version.")],
+    reference: Reference,
     to: Annotated[Path, typer.Option(help="The folder to write.")],
+    trust: Trust = None,
     tracking: Tracking = None,
 ) -> None:
-    """Fetch a registered backbone into a folder that timm loads."""
+    """Fetch a registered backbone into a folder that timm loads, its hashes and its signature verified."""
     from wardround.registry.mlflow_store import Store
-    from wardround.registry.release import is_stock
+    from wardround.registry.release import is_stock, signer
+    from wardround.registry.signing import origin
 
-    folder = Store(tracking or default_tracking()).pull(reference, to)
+    folder = Store(tracking or default_tracking()).pull(reference, to, trust)
+    typer.echo(origin(signer(folder), trust))
     if is_stock(folder):
         say_next(f"python -c 'import timm; timm.create_model(\"local-dir:{folder}\", pretrained=True, num_classes=2)'")
     else:
         say_next(f"python -c 'import wardround; wardround.load_backbone(\"{folder}\", num_classes=2)'")
 
 
+def register(
+    run: Annotated[Path, typer.Argument(help="A run folder: the --out of `coordinate` or `simulate`.")],
+    number: Annotated[
+        int | None, typer.Option("--round", help="A committed round; default: the newest.", min=1)
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="What `wardround evaluate --out` wrote of this round; default: probes on [evaluation_set]."),
+    ] = None,
+    kit: Annotated[
+        Path | None,
+        typer.Option(help="The coordinator's folder, whose release.key signs; not needed after `simulate`."),
+    ] = None,
+    tracking: Annotated[str | None, typer.Option(help="MLflow's address; default: that of the run.")] = None,
+) -> None:
+    """Make a committed round a candidate: release it with its lineage, signed, and register it."""
+    from wardround.server.tracking import register as register_round
+
+    reference = register_round(run, number, scores, kit, tracking)
+    name, _, version = reference.partition("/")
+    typer.echo(f"{reference} is registered, as {name}@candidate")
+    say_next(f"wardround promote {name}/{version} --by YOU --why REASON")
+
+
+def promote(
+    reference: Reference,
+    by: Annotated[str, typer.Option(help="Who decides it.")],
+    why: Annotated[str, typer.Option(help="Why, in a line.")],
+    trust: Trust = None,
+    tracking: Tracking = None,
+) -> None:
+    """Make a version the champion, if it passes the gate of its federation's file; print what the gate finds."""
+    from wardround.registry.mlflow_store import Store
+    from wardround.registry.promotion import promote as pass_gate
+    from wardround.report.releases import gate_table
+
+    console = Console()
+    store = Store(tracking or default_tracking())
+    examined = pass_gate(store, reference, by, why, trust, lambda found: console.print(gate_table(found)))
+    typer.echo(f"{examined.name}/{examined.version} is the champion now; before: {examined.champion or 'none'}")
+
+
+def rollback(
+    name: Annotated[str, typer.Argument(help="The registered name.")],
+    by: Annotated[str, typer.Option(help="Who decides it; default: this account.")] = "",
+    why: Annotated[str, typer.Option(help="Why, in a line.")] = "rolled back",
+    trust: Trust = None,
+    tracking: Tracking = None,
+) -> None:
+    """Make the former champion the champion again."""
+    from wardround.registry.mlflow_store import Store
+    from wardround.registry.promotion import rollback as go_back
+
+    former, current = go_back(Store(tracking or default_tracking()), name, by, why, trust)
+    typer.echo(f"{name}/{former} is the champion again; it was version {current}")
+
+
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run folder, a pulled backbone's folder, or NAME@alias.")],
     data: Annotated[Path, typer.Option(help="A labelled folder with patient-disjoint splits.")],
     label: Annotated[str, typer.Option(help="The column of labels.csv to predict.")] = "label",
-    draws: Annotated[int, typer.Option(help="Draws of patients at 1 and 10 % of the labels.", min=1, max=50)] = 5,
+    multi_label: Annotated[
+        bool, typer.Option("--multi-label", help="A cell holds any number of labels, with ';' between.")
+    ] = False,
+    finetune: Annotated[
+        str,
+        typer.Option(help="Also train on: some of frozen,full,decay,lora, with commas between. Takes its time."),
+    ] = "",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Another backbone to compare: a source, or NAME=SOURCE. May be repeated."),
+    ] = None,
+    imagenet: Annotated[
+        Path | None, typer.Option(help="timm's ImageNet weights of this architecture (safetensors) to compare.")
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(help="Also score each group that this column of labels.csv makes, such as site. May be repeated."),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Draws of labelled patients and of new weights.", min=1, max=50)] = 5,
+    force_splits: Annotated[
+        bool, typer.Option("--force-splits", help="Measure though patients are in two splits; the result says so.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Also draw calibration, confusion and nearest images into this folder, as PNG.")
+    ] = None,
     tracking: Tracking = None,
 ) -> None:
-    """Compare a backbone with its random initialisation and with raw pixels: k-NN and linear probe."""
-    from wardround.downstream.evaluate import evaluate_backbone
+    """Compare a backbone with its random initialisation, raw pixels and others: probed frozen, and trained on."""
+    from wardround.downstream.evaluate import Request, evaluate_backbone
+    from wardround.downstream.finetune import Tuning
+    from wardround.report.measured import tables
 
-    evaluation = evaluate_backbone(source, data, label, draws, tracking or default_tracking())
-    Console().print(evaluation.table())
+    request = Request(
+        source=source,
+        data=data,
+        label=label,
+        multi_label=multi_label,
+        by=tuple(by or ()),
+        against=tuple(against or ()),
+        imagenet=imagenet,
+        tuning=Tuning(ways=tuple(way for way in finetune.split(",") if way)),
+        draws=draws,
+        force_splits=force_splits,
+        device=device,
+        pictures=pictures,
+        tracking=tracking or default_tracking(),
+    )
+    evaluation = evaluate_backbone(request)
+    console = Console()
+    for table in tables(evaluation):
+        console.print(table)
     if out is not None:
         out.write_text(evaluation.to_json())

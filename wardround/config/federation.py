@@ -1,8 +1,8 @@
 """The federation's file: what the sites agree on, and what the coordinator keeps for itself.
 
 `Protocol` is the part that every site approves: it covers whatever a site computes and releases.
-Its digest is what run folders, journals and messages carry. `[membership]` and `[evaluation_set]`
-are outside it: they change neither what a site computes nor what leaves it.
+Its digest is what run folders, journals and messages carry. `[membership]`, `[evaluation_set]` and
+`[release]` are outside it: they change neither what a site computes nor what leaves it.
 """
 
 from datetime import date
@@ -16,6 +16,7 @@ from wardround.config.correction import CorrectionConfig, NoCorrectionConfig, Sc
 from wardround.config.membership import EvaluationSetConfig, MembershipConfig
 from wardround.config.method import MAEConfig, MethodConfig
 from wardround.config.privacy import NoPrivacyConfig, PrivacyConfig
+from wardround.config.release import ReleaseConfig
 from wardround.config.strict import Name, Strict, digest
 from wardround.config.views import COMPARED_CROP, ViewsConfig
 
@@ -311,6 +312,7 @@ class FederationConfig(Recipe):
     )
     membership: MembershipConfig = Field(default=MembershipConfig(), description="Sites and patience.")
     evaluation_set: EvaluationSetConfig | None = Field(default=None, description="The coordinator's own images.")
+    release: ReleaseConfig = Field(default=ReleaseConfig(), description="The gate to the alias champion.")
 
     @model_validator(mode="after")
     def _a_buffers_updates_need_no_common_start(self) -> Self:

@@ -1,6 +1,7 @@
 """Labelled images that a coordinator or a downstream team owns: read whole, for probes and pictures."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from wardround.config.federation import DataConfig
 from wardround.data.facts import ReadError
 from wardround.data.intensities import to_square
-from wardround.data.labels import Row, read_rows, read_table
+from wardround.data.labels import Row, label_sets, read_rows, read_table
 from wardround.data.readers import quiet, read_facts, read_frames
 from wardround.errors import DataError
 
@@ -20,31 +21,53 @@ class LabelledImages:
     """Images with what is known of each, in the order of their table."""
 
     images: NDArray[np.uint8]  # [N, C, S, S] or [N, C, S, S, S], 0..255 means [0, 1]
-    labels: NDArray[np.int64]  # [N], places in classes
+    labels: NDArray[np.int64]  # [N], places in classes; of several labels an image [N, K], 1 where it has one
     classes: tuple[str, ...]  # sorted
     patients: NDArray[np.int64]  # [N], 0..P-1 by first appearance
     sites: NDArray[np.str_]  # [N]
     splits: NDArray[np.str_]  # [N]
+    groups: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)  # by column [N], to be told apart in a result
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.labels.ndim == 2
+
+    @property
+    def one_hot(self) -> NDArray[np.int64]:
+        """The labels as [N, K], 1 where an image has one."""
+        return self.labels if self.multi_label else np.eye(len(self.classes), dtype=np.int64)[self.labels]
 
 
-def read_labelled(folder: Path, data: DataConfig, label: str = "label") -> LabelledImages:
+def read_labelled(
+    folder: Path, data: DataConfig, label: str = "label", *, multi_label: bool = False, by: Sequence[str] = ()
+) -> LabelledImages:
     """Return all images of a labelled folder, of every site and split; `label` names the column.
 
+    With `multi_label` a cell holds labels with `;` between them, and an empty one means that the image has
+    none. `by` names columns whose values become `groups`; an empty cell there is a group of its own.
     Raises DataError for a table that is wrong and for the first image that cannot be read: a set that
     measures should be whole. Holds N x C x S x S bytes in memory.
     """
-    rows = read_rows(folder, label)
-    classes = tuple(sorted({row.label for row in rows}))
+    rows = read_rows(folder, label, multi_label=multi_label)
+    table = read_table(folder, by)  # row by row the same
+    sets = [label_sets(row.label) if multi_label else (row.label,) for row in rows]
+    classes = tuple(sorted({name for found in sets for name in found}))
+    places = {name: place for place, name in enumerate(classes)}
+    labels = np.zeros((len(rows), len(classes)), np.int64)
+    for line, found in zip(labels, sets, strict=True):
+        line[[places[name] for name in found]] = 1
     numbers: dict[str, int] = {}
     # Without a patient, a file is a patient of its own; no patient's name holds a NUL.
     patients = [numbers.setdefault(row.patient or f"\0{row.file}", len(numbers)) for row in rows]
     return LabelledImages(
         images=_read_images(folder, rows, data),
-        labels=np.array([classes.index(row.label) for row in rows], np.int64),
+        labels=labels if multi_label else labels.argmax(axis=1),
         classes=classes,
         patients=np.array(patients, np.int64),
         sites=np.array([row.site for row in rows]),
         splits=np.array([row.split for row in rows]),
+        groups={name: np.array([cells[name].strip() or "(empty)" for cells in table]) for name in by},
     )
 
 

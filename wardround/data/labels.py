@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from wardround.errors import DataError
 
 _COLUMNS = ("file", "patient", "site", "split")
+BETWEEN = ";"  # stands between the labels of an image that has several
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ def read_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         raise DataError(f"{folder.name}/labels.csv: cannot be read: {reason}.") from error
 
 
-def read_rows(folder: Path, label: str | None = None) -> list[Row]:
+def read_rows(folder: Path, label: str | None = None, *, multi_label: bool = False) -> list[Row]:
     """Return the rows of labels.csv in their order; `label` names the column of labels, None reads none.
 
     Raises DataError for a table that is missing, lacks a column, or names a file that is absent, named
-    twice or outside the folder. Files may be links; folders on the way to them may not.
+    twice or outside the folder, and for a cell of one label that has none or, as `a;b`, several.
+    Files may be links; folders on the way to them may not.
     """
     table = read_table(folder, (*_COLUMNS, label) if label else _COLUMNS)
     if not table:
@@ -58,12 +60,21 @@ def read_rows(folder: Path, label: str | None = None) -> list[Row]:
             raise DataError(f"{where}: '{name}' lies behind a link to another folder; copy or mount that inside.")
         if name in seen:
             raise DataError(f"{where}: '{name}' is listed twice; keep one row an image.")
-        if label and not cells[label]:
-            raise DataError(f"{where}: column '{label}' is empty; give every image a label, or leave its row out.")
+        if label and not multi_label:
+            _check_one(cells[label], label, where)
         seen.add(name)
         patient, site, split = ((cells[key] or "").strip() for key in ("patient", "site", "split"))
         rows.append(Row(name, path, patient, site, split, label=cells[label] if label else ""))
     return rows
+
+
+def label_sets(cell: str) -> tuple[str, ...]:
+    """Return the labels in a cell, each once.
+
+    >>> label_sets("effusion; mass;effusion"), label_sets("")
+    (('effusion', 'mass'), ())
+    """
+    return tuple(sorted({name.strip() for name in cell.split(BETWEEN)} - {""}))
 
 
 def chosen(rows: Iterable[Row], folder: Path, site: str | None, splits: Sequence[str]) -> list[Row]:
@@ -77,6 +88,17 @@ def chosen(rows: Iterable[Row], folder: Path, site: str | None, splits: Sequence
         known = ", ".join(sorted({row.split for row in of_site}))
         raise DataError(f"{folder.name}/labels.csv: no row has split {' or '.join(splits)}; its splits are {known}.")
     return found
+
+
+def _check_one(cell: str, label: str, where: str) -> None:
+    """Raise DataError unless a cell holds one label."""
+    if not cell:
+        raise DataError(f"{where}: column '{label}' is empty; give every image a label, or leave its row out.")
+    if BETWEEN in cell:
+        raise DataError(
+            f"{where}: column '{label}' holds several labels ('{cell}') where one is expected; "
+            "say --multi-label, or give each image one."
+        )
 
 
 def _path_in(folder: Path, name: str, where: str) -> Path:

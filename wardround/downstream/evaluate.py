@@ -1,73 +1,51 @@
-"""How much a frozen backbone helps where labels are few: k-NN and linear probes at fractions of the labels."""
+"""How much a backbone helps where labels are few: probed frozen, and trained on, at fractions of the labels."""
 
-import json
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from rich.table import Table
 from tqdm import tqdm
 
 from wardround.data import LabelledImages, read_labelled
-from wardround.downstream.arms import Arm, protocol_of, three_arms
+from wardround.downstream.answers import Design, answer, draw_labels, steps
+from wardround.downstream.arms import Arm, Network, check_shape, imagenet_arm, protocol_of, release_arm, three_arms
+from wardround.downstream.finetune import Tuning
 from wardround.downstream.load import release_folder
-from wardround.downstream.splits import Splits, split
+from wardround.downstream.results import result
+from wardround.downstream.splits import split
 from wardround.errors import ConfigError
-from wardround.probe import Scores, draw_fraction, knn_probabilities, linear_probabilities, score
-from wardround.probe.linear import Labelled
+from wardround.probe.evaluation import PROBES, Evaluation, Row
+from wardround.registry.release import WEIGHTS
+from wardround.registry.versions import versions
+from wardround.report.measured import draw_all
+
+__all__ = ["FRACTIONS", "PROBES", "Evaluation", "Request", "Row", "compare", "evaluate", "evaluate_backbone"]
 
 FRACTIONS = (0.01, 0.1, 1.0)
-PROBES = ("k-NN", "linear")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One arm under one probe at one fraction of the labels, over several draws of patients."""
+class Request:
+    """What `wardround evaluate` is asked."""
 
-    arm: str
-    probe: str
-    fraction: float
-    images: float  # labelled images, mean over the draws; whole patients may exceed the fraction
-    draws: int
-    mean: Scores
-    sd: Scores | None  # None of a single draw
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured, on what."""
-
-    rows: tuple[Row, ...]
-    classes: tuple[str, ...]
-    images: dict[str, int]  # by split
-    patients: dict[str, int]
-    notes: tuple[str, ...]
-    seed: int
-
-    def score(self, arm: str, probe: str = "linear") -> float:
-        """Return an arm's balanced accuracy at the largest fraction of the labels."""
-        rows = [row for row in self.rows if (row.arm, row.probe) == (arm, probe)]
-        return max(rows, key=lambda row: row.fraction).mean.balanced_accuracy
-
-    def to_json(self) -> str:
-        """Return everything as JSON."""
-        return json.dumps(asdict(self), indent=2)
-
-    def table(self) -> Table:
-        """Return the table that a person reads: an arm and probe a line, a fraction of the labels a column."""
-        title = f"Probes on {self.images['test']:,} test images of {self.patients['test']:,} patients"
-        caption = "; ".join(("balanced accuracy / AUC, ± sd over draws of patients", *self.notes))
-        made = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
-        made.add_column("arm")
-        made.add_column("probe")
-        for row in [row for row in self.rows if (row.arm, row.probe) == (self.rows[0].arm, self.rows[0].probe)]:
-            made.add_column(f"{row.fraction:.0%} of labels\n{row.images:,.0f} images", justify="right")
-        for (arm, probe), rows in groupby(self.rows, key=lambda row: (row.arm, row.probe)):
-            made.add_row(arm, probe, *(_cell(row) for row in rows), end_section=probe == PROBES[-1])
-        return made
+    source: str  # a run folder, a release folder, NAME@alias or NAME/version
+    data: Path
+    label: str = "label"
+    multi_label: bool = False
+    by: tuple[str, ...] = ()  # columns whose groups are told apart
+    against: tuple[str, ...] = ()  # other backbones: SOURCE, or NAME=SOURCE with the name that tables show
+    imagenet: Path | None = None
+    tuning: Tuning = field(default=Tuning(ways=()))
+    fractions: tuple[float, ...] = FRACTIONS
+    draws: int = 5
+    seed: int = 0
+    force_splits: bool = False
+    device: str = "cpu"
+    pictures: Path | None = None
+    tracking: str | None = None
 
 
 def evaluate(
@@ -76,96 +54,79 @@ def evaluate(
     fractions: Sequence[float] = FRACTIONS,
     draws: int = 5,
     seed: int = 0,
+    tuning: Tuning | None = None,
+    force_splits: bool = False,
 ) -> Evaluation:
     """Return the scores of each arm on the test split, every arm with the same draws of labelled patients.
 
-    A fraction counts training labels; validation, which chooses the linear probe's penalty, is whole.
-    Takes about a second a thousand images beside the arms' own time. Raises DataError for a set that
-    cannot tell: one class, a class missing from a split, a patient in two; ConfigError for a fraction
-    outside (0, 1].
+    A fraction counts training labels; validation, which chooses the linear probe's penalty and the step of
+    a fine-tuning, is whole. All labels are one draw for the probes, which have no other chance in them;
+    fine-tuning draws its new weights and orders as often as asked. Arms that are networks are also trained
+    on in the ways of `tuning`; the untrained one is trained from scratch, at the same settings.
+    Probes take about a second a thousand images beside the arms' own time. Raises DataError for a set that
+    cannot tell: one class, a class missing from a split, a patient in two (unless forced); ConfigError for
+    a fraction outside (0, 1], and where memory runs out twice.
     """
     if not fractions or not all(0.0 < fraction <= 1.0 for fraction in fractions) or draws < 1:
         raise ConfigError(
             f"fractions = {list(fractions)}, draws = {draws}: expected fractions in (0, 1] and draws above 0."
         )
-    places = split(images, seed)
-    drawn = {fraction: _draw(images, places.train, fraction, draws, seed) for fraction in sorted(set(fractions))}
-    total = len(arms) * sum(len(sets) for sets in drawn.values())
-    rows = []
-    with tqdm(total=total, desc="probes", unit="probe", disable=None, delay=2, leave=False) as bar:
+    places = split(images, seed, force_splits)
+    fractions = sorted(set(fractions))
+    drawn = {fraction: draw_labels(images, places.train, fraction, draws, seed) for fraction in fractions}
+    design = Design(images, places, drawn, tuning or Tuning(ways=()), draws, seed)
+    notes = list(places.notes)
+    answered = []
+    with tqdm(total=steps(arms, design), desc="evaluation", unit="step", disable=None, delay=2, leave=False) as bar:
         for name, arm in arms.items():
-            found = arm(images.images)
-            by_probe: dict[str, list[Row]] = {probe: [] for probe in PROBES}
-            for fraction, sets in drawn.items():
-                scores: list[dict[str, Scores]] = []
-                for train in sets:
-                    scores.append(_probe(found, images, places, train))
-                    bar.update()
-                size = float(np.mean([len(train) for train in sets]))
-                for probe in PROBES:
-                    mean, sd = _summary([of[probe] for of in scores])
-                    by_probe[probe].append(Row(name, probe, fraction, size, len(sets), mean, sd))
-            rows += [row for probe in PROBES for row in by_probe[probe]]
-    used = {"train": places.train, "val": places.val, "test": places.test}
-    return Evaluation(
-        rows=tuple(rows),
-        classes=images.classes,
-        images={name: len(found) for name, found in used.items()},
-        patients={name: len(np.unique(images.patients[found])) for name, found in used.items()},
-        notes=places.notes,
-        seed=seed,
-    )
+            answered.append(answer(name, arm, design, notes, bar.update))
+    return result(answered, design, notes, {**versions(), "scikit-learn": version("scikit-learn")})
 
 
 def compare(
     folder: Path, images: LabelledImages, fractions: Sequence[float] = FRACTIONS, draws: int = 5, seed: int = 0
 ) -> Evaluation:
-    """Return a released backbone's scores beside those of its random initialisation and of raw pixels.
+    """Return a released backbone's probes beside those of its random initialisation and of raw pixels.
 
     Raises ConfigError where the images are not of the size and channels that the backbone takes.
     """
-    data = protocol_of(folder).data
-    expected = data.shape
-    if images.images.shape[1:] != expected:
-        raise ConfigError(f"evaluation set: images are {images.images.shape[1:]}, the backbone takes {expected}.")
-    return evaluate(three_arms(folder), images, fractions, draws, seed)
+    check_shape("backbone", protocol_of(folder), images.images)
+    return replace(evaluate(three_arms(folder), images, fractions, draws, seed), weights=weights_of(folder))
 
 
-def evaluate_backbone(source: str, data: Path, label: str, draws: int, uri: str | None) -> Evaluation:
-    """Return `compare` of a run folder, release folder or NAME@alias on a labelled folder."""
-    with release_folder(source, uri) as folder:
-        return compare(folder, read_labelled(data, protocol_of(folder).data, label), draws=draws)
+def evaluate_backbone(request: Request) -> Evaluation:
+    """Return the evaluation that a request asks for, and write its pictures."""
+    with ExitStack() as pulled:
+        folder = pulled.enter_context(release_folder(request.source, request.tracking))
+        recipe = protocol_of(folder)
+        arms = three_arms(folder, device=request.device)
+        for name, source in map(_named, request.against):
+            if name in arms:
+                raise ConfigError(f"--against {name}: is the name of another arm; write OTHERNAME={source}.")
+            arms[name] = release_arm(
+                pulled.enter_context(release_folder(source, request.tracking)), device=request.device
+            )
+        if request.imagenet is not None:
+            arms["ImageNet"] = imagenet_arm(request.imagenet, recipe, device=request.device)
+        images = read_labelled(request.data, recipe.data, request.label, multi_label=request.multi_label, by=request.by)
+        for name, arm in arms.items():
+            if isinstance(arm, Network):
+                check_shape(name, arm.recipe, images.images)
+        found = evaluate(
+            arms, images, request.fractions, request.draws, request.seed, request.tuning, request.force_splits
+        )
+        found = replace(found, weights=weights_of(folder))
+    if request.pictures is not None:
+        draw_all(found, images, request.pictures)
+    return found
 
 
-def _draw(
-    images: LabelledImages, train: NDArray[np.int64], fraction: float, draws: int, seed: int
-) -> list[NDArray[np.int64]]:
-    """Return the labelled training images of each draw; all labels make one draw."""
-    sets = []
-    for number in range(draws if fraction < 1.0 else 1):
-        rng = np.random.default_rng([seed, 1, round(fraction * 1e6), number])
-        sets.append(train[draw_fraction(images.labels[train], images.patients[train], fraction, rng)])
-    return sets
+def weights_of(folder: Path) -> str:
+    """Return the SHA-256 of a release's weights."""
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
 
 
-def _probe(
-    found: NDArray[np.float32], images: LabelledImages, places: Splits, train: NDArray[np.int64]
-) -> dict[str, Scores]:
-    """Return both probes' scores on the test split after training on some of the images."""
-    known, test, labels = Labelled(found[train], images.labels[train]), found[places.test], images.labels
-    nearest = knn_probabilities(known.features, known.labels, test, len(images.classes))
-    linear = linear_probabilities(known, Labelled(found[places.val], labels[places.val]), test)
-    return {"k-NN": score(labels[places.test], nearest), "linear": score(labels[places.test], linear)}
-
-
-def _summary(scores: list[Scores]) -> tuple[Scores, Scores | None]:
-    """Return mean and sample standard deviation over draws."""
-    values = np.array([[found.balanced_accuracy, found.auc] for found in scores])  # [draws, 2]
-    mean = Scores(*values.mean(axis=0).tolist())
-    return mean, Scores(*values.std(axis=0, ddof=1).tolist()) if len(values) > 1 else None
-
-
-def _cell(row: Row) -> str:
-    """Return a row's scores as a table shows them, their deviations below."""
-    scores = f"{row.mean.balanced_accuracy:.3f} / {row.mean.auc:.3f}"
-    return scores if row.sd is None else f"{scores}\n±{row.sd.balanced_accuracy:.3f}  ±{row.sd.auc:.3f}"
+def _named(given: str) -> tuple[str, str]:
+    """Return the name that tables show, and the source, of NAME=SOURCE; a source alone is its own name."""
+    name, equals, source = given.partition("=")
+    return (name, source) if equals else (given, given)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from wardround.data import LabelledImages
 from wardround.errors import DataError
-from wardround.probe import draw_fraction
+from wardround.probe import can_tell, draw_fraction
 
 SPLITS = ("train", "val", "test")
 VAL_SHARE = 0.2  # of the training images, where a set has no validation split
@@ -24,18 +24,26 @@ class Splits:
     notes: tuple[str, ...]  # what a reader of the result must know
 
 
-def split(images: LabelledImages, seed: int = 0) -> Splits:
+def split(images: LabelledImages, seed: int = 0, force: bool = False) -> Splits:
     """Return the splits of a set; where there is no `val`, a fifth of train is taken for it, by patient.
 
-    Raises DataError for a patient in two splits, and for a class that is missing from one.
+    Raises DataError for a patient in two splits, unless forced, which the notes then say; and for a class
+    that is missing from a split, or that all its images have.
     """
     places = {name: np.flatnonzero(images.splits == name) for name in SPLITS}
     notes = []
     if others := len(images.splits) - sum(len(found) for found in places.values()):
         notes.append(f"{others} images of other splits than train, val and test are left out")
-    _check_patients(images, places)
-    if len(np.unique(images.labels)) < 2:
-        raise DataError(f"evaluation set: all labels are '{images.classes[0]}'; a probe needs two classes at least.")
+    if shared := _shared_patients(images, places):
+        if not force:
+            raise DataError(
+                f"evaluation set: {shared}. The score would measure who is recognised; split by patient, or say "
+                "--force-splits."
+            )
+        notes.append(f"FORCED: {shared}, so the scores measure in part who is recognised")
+    if not can_tell(images.labels):
+        only = "all images have the same" if images.multi_label else f"all labels are '{images.classes[0]}'"
+        raise DataError(f"evaluation set: {only}; a probe needs two classes at least.")
     if not len(places["val"]):
         train = places["train"]
         _check_classes(images, "train", train)
@@ -49,27 +57,32 @@ def split(images: LabelledImages, seed: int = 0) -> Splits:
     return Splits(**places, notes=tuple(notes))
 
 
-def _check_patients(images: LabelledImages, places: dict[str, NDArray[np.int64]]) -> None:
-    """Raise DataError, with counts, where patients are in more than one split."""
+def _shared_patients(images: LabelledImages, places: dict[str, NDArray[np.int64]]) -> str:
+    """Return how many patients are in more than one split, in words; nothing where none is."""
     where: dict[int, list[str]] = {}
     for name, found in places.items():
         for patient in np.unique(images.patients[found]):
             where.setdefault(int(patient), []).append(name)
     shared = Counter(" and ".join(names) for names in where.values() if len(names) > 1)
-    if shared:
-        counts = ", ".join(f"{count} in {names}" for names, count in sorted(shared.items()))
-        raise DataError(
-            f"evaluation set: {shared.total()} of {len(where)} patients are in more than one split ({counts}). "
-            "The score would measure who is recognised; split by patient."
-        )
+    if not shared:
+        return ""
+    counts = ", ".join(f"{count} in {names}" for names, count in sorted(shared.items()))
+    return f"{shared.total()} of {len(where)} patients are in more than one split ({counts})"
 
 
 def _check_classes(images: LabelledImages, name: str, found: NDArray[np.int64]) -> None:
-    """Raise DataError where a split lacks a class."""
-    missing = sorted(set(np.unique(images.labels).tolist()) - set(images.labels[found].tolist()))
-    if missing:
+    """Raise DataError where a split lacks a class, or, of several labels an image, has one on every image."""
+    truth, of_split = images.one_hot, images.one_hot[found]
+    missing = np.flatnonzero(truth.any(axis=0) & ~of_split.any(axis=0))
+    if len(missing):
         labels = ", ".join(f"'{images.classes[k]}'" for k in missing[:3])
         raise DataError(
             f"evaluation set: of {len(found)} images, split {name} has none of {len(missing)} classes ({labels}). "
             "Add some, by moving whole patients, or leave the class out."
+        )
+    everywhere = np.flatnonzero(of_split.all(axis=0))
+    if len(everywhere):
+        raise DataError(
+            f"evaluation set: all {len(found)} images of split {name} have the label "
+            f"'{images.classes[everywhere[0]]}'; nothing tells it. Add images without it, or leave the label out."
         )

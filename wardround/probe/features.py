@@ -22,6 +22,7 @@ def features(
     *,
     device: str = "cpu",
     autocast: bool = False,
+    batch_size: int = BATCH,
 ) -> NDArray[np.float32]:
     """Return the features of images: [N, C, S, S] uint8 -> [N, D] float32.
 
@@ -39,8 +40,10 @@ def features(
         torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast),
         tqdm(total=len(images), desc="features", unit="image", disable=None, delay=2, leave=False) as bar,
     ):
-        for start in range(0, len(images), BATCH):
-            batch = torch.from_numpy(np.array(images[start : start + BATCH])).to(device)  # a copy: may be a memory map
+        for start in range(0, len(images), batch_size):
+            batch = torch.from_numpy(np.array(images[start : start + batch_size])).to(
+                device
+            )  # a copy: may be a memory map
             out.append(encoder((batch.float() / 255.0 - shift) / scale).float().cpu().numpy())
             bar.update(len(batch))
     encoder.train(was_training)

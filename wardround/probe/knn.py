@@ -15,7 +15,7 @@ def knn_probabilities(
 
     Features are standardised by the training images: without it a constant part of the features, such as
     an image's brightness, makes all cosines alike. A vote weighs exp(cosine / 0.07), so that even where
-    fewer than k images are labelled the nearest decide.
+    fewer than k images are labelled the nearest decide. Of labels [N, K], several an image, each has its own vote.
 
     >>> train = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], np.float32)
     >>> knn_probabilities(train, np.array([0, 0, 1, 1]), np.array([[2.0, 2.0]], np.float32), classes=2, k=2)
@@ -25,6 +25,7 @@ def knn_probabilities(
     search = NearestNeighbors(n_neighbors=min(k, len(train)), metric="cosine", algorithm="brute")
     distance, nearest = search.fit(scaler.transform(train)).kneighbors(scaler.transform(test))  # [N, k]; 1 - cosine
     weights = np.exp(-distance.astype(np.float64) / TEMPERATURE)
-    votes: NDArray[np.float64] = np.einsum("nk,nkc->nc", weights, np.eye(classes)[labels[nearest]])
-    votes /= votes.sum(axis=1, keepdims=True)
+    known = np.eye(classes)[labels] if labels.ndim == 1 else labels  # [N, K]
+    votes: NDArray[np.float64] = np.einsum("nk,nkc->nc", weights, known[nearest])
+    votes /= (votes if labels.ndim == 1 else weights).sum(axis=1, keepdims=True)
     return votes

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
@@ -17,7 +18,7 @@ STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # sklearn's C, the inverse of t
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features [N, D] and their labels [N]."""
+    """Features [N, D] and their labels [N], or [N, K] where an image may have several."""
 
     features: NDArray[np.float32]
     labels: NDArray[np.int64]
@@ -27,11 +28,14 @@ def linear_probabilities(train: Labelled, val: Labelled, test: NDArray[np.float3
     """Return the class probabilities of test images: [N, D] -> [N, K]; every class occurs in `train`.
 
     Features are standardised by the training images. The penalty is the one with the best sum of both
-    scores on `val`, the strongest of equals; the model is not fitted again with `val`.
+    scores on `val`, the strongest of equals; the model is not fitted again with `val`. Of labels [N, K]
+    each is a regression of its own, all with one penalty.
     """
     scaler = StandardScaler().fit(train.features)
     x, x_val, x_test = (scaler.transform(f) for f in (train.features, val.features, test))
-    model = LogisticRegression(max_iter=200, warm_start=True)  # each strength starts from the one before
+    # Each strength starts from the one before, where there is one regression.
+    model = _regression() if train.labels.ndim == 1 else OneVsRestClassifier(_regression())
+    key = "C" if train.labels.ndim == 1 else "estimator__C"
     best, chosen = -1.0, None
     # One thread: the products are so small that several wait for each other, on a busy machine a
     # hundred times longer than they compute. It also makes the result independent of the core count.
@@ -39,9 +43,13 @@ def linear_probabilities(train: Labelled, val: Labelled, test: NDArray[np.float3
         # The weakest penalties on few images have no finite optimum; validation rules them out.
         warnings.simplefilter("ignore", ConvergenceWarning)
         for strength in STRENGTHS:
-            model.set_params(C=strength).fit(x, train.labels)
-            found = score(val.labels, model.predict_proba(x_val))
-            if found.balanced_accuracy + found.auc > best:
-                best, chosen = found.balanced_accuracy + found.auc, model.predict_proba(x_test)
+            model.set_params(**{key: strength}).fit(x, train.labels)
+            found = sum(score(val.labels, model.predict_proba(x_val)).headline)
+            if found > best:
+                best, chosen = found, model.predict_proba(x_test)
     assert chosen is not None
     return np.asarray(chosen, np.float64)
+
+
+def _regression() -> LogisticRegression:
+    return LogisticRegression(max_iter=200, warm_start=True)

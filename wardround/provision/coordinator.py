@@ -1,6 +1,6 @@
 """The coordinator's own folder: made once, kept, and asked by every command that comes after.
 
-    out/coordinator/   ca.crt ca.key server.crt server.key signing.key federation.json membership.json
+    out/coordinator/   ca.crt ca.key server.crt server.key signing.key release.key federation.json membership.json
 
 Nothing that exists is written over but the last two, which say what the federation's file said last, and
 `server.crt` where it is renewed on request.
@@ -15,6 +15,7 @@ from wardround.config import FederationConfig
 from wardround.errors import ConfigError
 from wardround.provision import certificates, keys
 from wardround.registry.durable import write_file
+from wardround.registry.signing import KEY, release_key
 from wardround.server.membership import FILE, Membership, check_declared, read_membership, write_membership
 from wardround.signatures import certificate_names
 
@@ -41,6 +42,7 @@ def prepare(config: FederationConfig, out: Path, address: str | None = None) -> 
     address = address or (before.address if before else f"{config.membership.server_names[0]}:{_PORT}")
     _certify(config, home, address)
     keys.tls_key(home / "signing.key")
+    release_key(home / KEY)
     membership = sign(config, out, before, address=address)
     write_file(home / "federation.json", config.model_dump_json(indent=1).encode())
     return membership

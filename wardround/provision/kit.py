@@ -21,6 +21,7 @@ from wardround.errors import ConfigError
 from wardround.provision import keys, request
 from wardround.provision.coordinator import folder, known, owner_of, prepare, sign
 from wardround.registry.durable import write_file
+from wardround.registry.signing import KEY, release_key
 from wardround.server.membership import Membership, check_declared, public_key, signing_key
 from wardround.signatures import fingerprint
 from wardround.signatures import sign as signed
@@ -96,7 +97,9 @@ def lines(out: Path) -> list[str]:
         kit = f"kit in {out / site}" if (out / site).exists() else "its kit was handed over"
         listed = "" if site in membership.active else "; not in [membership] sites, so it is not asked"
         found.append(f"  {site}: {fingerprint(public_key(line))}; {kit}{listed}")
-    return found + [f"  {site}: revoked" for site in sorted(membership.gone)]
+    found += [f"  {site}: revoked" for site in sorted(membership.gone)]
+    released = fingerprint(release_key(folder(out) / KEY).public_key())
+    return [*found, f"releases are signed by {released}; downstream teams pin it"]
 
 
 def _names(config: FederationConfig, sites: Sequence[str]) -> list[str]:

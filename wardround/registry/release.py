@@ -5,15 +5,16 @@ import json
 from pathlib import Path
 
 from wardround.errors import CheckpointError
+from wardround.registry.signing import MANIFEST, read_manifest
 
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.json"
 Hashes = dict[str, str]  # file name, relative and with '/' -> SHA-256
 
 
 def check(folder: Path) -> Hashes:
-    """Return the hash of every file of a release, compared with those in its provenance.
+    """Return the hash of every file of a release, compared with those in its provenance and its manifest.
 
-    Raises CheckpointError for a folder that timm could not load, or that was altered since it was written.
+    Raises CheckpointError for a folder that timm could not load, or that was altered since it was written or signed.
     """
     hashes = file_hashes(folder)
     for name in (WEIGHTS, CONFIG):
@@ -21,6 +22,8 @@ def check(folder: Path) -> Hashes:
             raise CheckpointError(f"{folder}: is no release: '{name}' is missing. Name the folder of a pulled model.")
     if PROVENANCE in hashes:
         compare(folder, hashes, _vouched(folder))
+    if MANIFEST in hashes:
+        compare(folder, hashes, read_manifest((folder / MANIFEST).read_bytes(), str(folder)).files)
     return hashes
 
 
@@ -44,6 +47,12 @@ def compare(folder: Path, found: Hashes, expected: Hashes) -> None:
         if found.get(name) != wanted:
             state = "is missing" if name not in found else "differs from the hash recorded with it"
             raise CheckpointError(f"{folder}: '{name}' {state}; the release was cut or altered. Pull it again.")
+
+
+def signer(folder: Path) -> str | None:
+    """Return the fingerprint of who signed a release that `check` has passed, or None."""
+    path = folder / MANIFEST
+    return read_manifest(path.read_bytes(), str(folder)).by if path.exists() else None
 
 
 def is_stock(folder: Path) -> bool:

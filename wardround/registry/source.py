@@ -1,6 +1,7 @@
 """Where a release comes from: a folder, a finished run, or a registered name."""
 
 import contextlib
+import logging
 import os
 import re
 import tempfile
@@ -8,16 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wardround.errors import CheckpointError, ConfigError
-from wardround.registry import release
+from wardround.registry import release, signing
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def release_folder(source: str | Path, uri: str | None = None) -> Iterator[Path]:
+def release_folder(source: str | Path, uri: str | None = None, trust: str | None = None) -> Iterator[Path]:
     """Give the verified release folder of a source; a pulled one lasts as long.
 
     `source` is a release folder, a finished run folder, `NAME@alias` or `NAME/version`; the latter two
-    are fetched from MLflow at `uri`, by default $MLFLOW_TRACKING_URI.
-    Raises ConfigError for a source that is none, CheckpointError for a release that is damaged or not there yet.
+    are fetched from MLflow at `uri`, by default $MLFLOW_TRACKING_URI, and signed by one of the fingerprints in
+    `trust`, by default $WARDROUND_TRUST; where neither pins one, a warning says that the origin is not verified.
+    Raises ConfigError for a source that is none, CheckpointError for a release that is damaged, of another
+    signer, or not there yet.
     """
     path = Path(source)
     if path.is_dir():
@@ -42,5 +47,9 @@ def release_folder(source: str | Path, uri: str | None = None) -> Iterator[Path]
         )
     from wardround.registry.mlflow_store import Store  # takes two seconds, which a folder need not wait for
 
+    pinned = trust or signing.pinned_here()
     with tempfile.TemporaryDirectory() as aside:
-        yield Store(address).pull(str(source), Path(aside) / "release")
+        folder = Store(address).pull(str(source), Path(aside) / "release", pinned)
+        if not pinned:
+            log.warning("backbone '%s': %s", source, signing.origin(release.signer(folder), None))
+        yield folder

@@ -12,7 +12,6 @@ from wardround.data import SiteImages
 from wardround.plan import Budget, Cost, Plan
 from wardround.privacy.accounting import upward
 from wardround.privacy.statement import statement
-from wardround.registry.mlflow_store import ModelRow
 from wardround.update import WITHHELD
 
 
@@ -137,16 +136,4 @@ def rounds_table(records: Sequence[Mapping[str, Any]]) -> Table:
         }
         seconds, megabytes = f"{record['seconds']:.1f}", f"{record['bytes_received'] / 1e6:.1f}"
         made.add_row(str(number), *(shown[name] for name in figures), str(len(sites)), seconds, megabytes)
-    return made
-
-
-def models_table(rows: Sequence[ModelRow]) -> Table:
-    """Return the registered backbones."""
-    made = table("Registered backbones", "name", "version", "aliases", "registered (UTC)", "round", "loss", "digest")
-    made.columns[0].overflow = "fold"  # a name is to be copied whole
-    for row in rows:
-        loss = f"{row.metrics['loss']:.4f}" if "loss" in row.metrics else ""
-        when = f"{row.when:%Y-%m-%d %H:%M}"
-        round = "" if row.round is None else str(row.round)
-        made.add_row(row.name, row.version, ", ".join(row.aliases), when, round, loss, row.digest[:12])
     return made

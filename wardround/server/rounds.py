@@ -65,6 +65,8 @@ def run_rounds(run: RunFolder, ask: Ask, committed: Callable[[int], None], fill:
 
     `ask` asks the sites of a round that waits for them; `fill` gathers those of [membership] buffer (see buffer.py).
     """
+    for number in run.committed():
+        Spool(run.round(number)).drop_updates()  # a kill may have come between a commit and this
     last = run.newest()
     done = last.round
     todo = range(done + 1, run.config.training.rounds + 1)

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from wardround import logs
 from wardround.connection import coordinating
 from wardround.errors import WardroundError
+from wardround.registry.signing import kit_key
 from wardround.server.app import run_federation
 from wardround.server.roster import Roster
 from wardround.server.run_folder import open_run
@@ -28,7 +29,7 @@ def main(folder: str, kit: str, address: str, secret: str, number: str) -> None:
         ca = (Path(kit) / "ca.crt").read_bytes()
         with coordinating(address, ca, Path(secret).read_bytes(), int(number)) as grid:
             run = open_run(Path(folder))
-            run_federation(grid, run, key, Roster(Path(kit), run.path))
+            run_federation(grid, run, key, Roster(Path(kit), run.path), kit_key(Path(kit)))
     except WardroundError as error:
         print(f"{ERROR}{error}", flush=True)
         sys.exit(2)

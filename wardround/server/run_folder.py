@@ -37,6 +37,7 @@ class RunFolder:
     members: dict[str, str]  # site name -> public key, as text
     tracking: str  # MLflow's URI
     id: str  # random: tells two runs of one protocol apart in MLflow
+    start: str | None = None  # SHA-256 of the released weights that it started from
 
     @property
     def digest(self) -> str:
@@ -112,9 +113,9 @@ def create(path: Path, plan: "Plan", members: dict[str, str], tracking: str, ver
     """
     check_owner(path, plan)
     known = _read(path / "run.json")["id"] if (path / "run.json").exists() else secrets.token_hex(8)
-    run = RunFolder(path, plan.config, plan.protocol, members, tracking, known)
+    run = RunFolder(path, plan.config, plan.protocol, members, tracking, known, plan.start)
     write_members(path / "members.json", Members(version=version, settings=plan.config.membership, keys=members))
-    write_file(path / "run.json", json.dumps({"tracking": tracking, "id": known}).encode())
+    write_file(path / "run.json", json.dumps({"tracking": tracking, "id": known, "start": plan.start}).encode())
     write_file(path / "federation.json", plan.config.model_dump_json(indent=2).encode())
     if 0 not in run.committed():
         checkpoint.write(run.round(0) / "checkpoint", Checkpoint(0, plan.digest, plan.state, {}, {}))

@@ -28,6 +28,7 @@ from wardround.config import FederationConfig, read_toml
 from wardround.errors import CheckpointError, ConfigError, WardroundError
 from wardround.processes import NewLines, alone, command, free_port, running, stopped_by_sigterm
 from wardround.registry.durable import write_file
+from wardround.registry.signing import kit_key
 from wardround.server.fab import write_stub
 from wardround.server.gate import gate
 from wardround.server.membership import Members, members_of, read_members
@@ -70,6 +71,7 @@ def current_members(kit: Path, config: FederationConfig, out: Path) -> Members:
     for name in ("ca.crt", "server.crt", "server.key", "signing.key"):
         if not (kit / name).is_file():
             raise ConfigError(f"{kit}: has no {name}; give --kit the 'coordinator' folder of 'wardround provision'.")
+    kit_key(kit)  # at the end of all rounds would be late to miss it
     if problem := untrusted((kit / "server.crt").read_bytes(), (kit / "ca.crt").read_bytes()):
         raise ConfigError(f"{kit / 'server.crt'}: {problem}; make another with 'wardround provision rotate'.")
     members = members_of(kit, config)

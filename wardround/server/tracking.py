@@ -7,39 +7,41 @@ round that is not yet logged is logged at the next commit, or by the next start 
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from wardround.config import FederationConfig
-from wardround.config.privacy import NoPrivacyConfig, SitePrivacyConfig
-from wardround.errors import TrackingError
-from wardround.privacy import site_level
-from wardround.privacy.statement import statement
+from wardround.config.privacy import SitePrivacyConfig
+from wardround.errors import ConfigError, TrackingError
+from wardround.privacy.accounting import upward
 from wardround.registry.durable import write_file
 from wardround.registry.mlflow_store import Store
-from wardround.registry.versions import versions
+from wardround.registry.release import PROVENANCE
+from wardround.registry.signing import kit_key
 from wardround.report.curves import draw_losses
-from wardround.server.run_folder import RunFolder
+from wardround.server.release import FEWEST, evaluation_images, export
+from wardround.server.run_folder import RunFolder, open_run
 from wardround.update import DRIFT, MEASURED, WITHHELD, collapsed
 
 # What loads torch, half a gigabyte, is imported where images are drawn or a release is written: rounds need it not.
 
 Sites = Mapping[str, Mapping[str, Any]]  # what each site declared in a round
 CURVES_EVERY = 10.0  # seconds: the curves take a third of one, and rounds of small networks not much more
-ALIAS = "candidate"  # what the last committed round is released as
-FEWEST = 8  # images to judge a collapse by: so few may well be alike
+ALIAS = "candidate"  # what a round is released as
 
 
 class Tracking:
     """Records a run's committed rounds in MLflow, at least once each and in order."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
+    def __init__(self, run: RunFolder, key: Ed25519PrivateKey | None = None) -> None:
+        """Take a run, and what signs its releases: unset, the run folder's own key."""
+        self.run, self.key = run, key
         self.warned = False
         self.drawn = -CURVES_EVERY  # of time.monotonic, which begins at 0
 
@@ -93,20 +95,24 @@ class Tracking:
             write_file(self._mark(number), json.dumps({"run": self.mlflow_run}).encode())
 
     def register(self) -> str:
-        """Log what is left, register the last committed backbone, close the run; return NAME@alias.
+        """Log what is left, register the last committed round as the candidate, close the run; return NAME/version.
 
         Raises TrackingError where MLflow is not there; nothing is lost, the same command tries again.
         """
-        self.log()
-        folder = export(self.run)
-        name = self.run.config.name
-        number = self.run.committed()[-1]
-        tags = {"protocol": self.run.digest, "round": str(number), "method": self.run.config.method.name}
-        # Of the federation only: who may read a release need not see each hospital's figures.
-        public = {name: value for name, value in shown(self.run, number).items() if "/" not in name}
-        self.store.register(folder, name, ALIAS, self.mlflow_run, tags, public)
+        reference = self.release()
         self.store.close_run(self.mlflow_run, "FINISHED")
-        return f"{name}@{ALIAS}"
+        return reference
+
+    def release(self, number: int | None = None, scores: Path | None = None) -> str:
+        """Register a committed round, by default the newest, as the candidate; return NAME/version. See `export`."""
+        self.log()
+        name, run = self.run.config.name, self.mlflow_run
+        folder = export(self.run, number, self.store.models(), scores, self.key)
+        said = json.loads((folder / PROVENANCE).read_bytes())
+        # Of the federation only: who may read a release need not see each hospital's figures.
+        public = {name: value for name, value in shown(self.run, said["round"]).items() if "/" not in name}
+        version = self.store.register(folder, name, ALIAS, run, tags_of(said), public)
+        return f"{name}/{version}"
 
     @cached_property
     def store(self) -> Store:
@@ -116,7 +122,7 @@ class Tracking:
     @cached_property
     def mlflow_run(self) -> str:
         """The id of this federation's run in MLflow."""
-        config = self.run.config.model_dump(mode="json", exclude={"membership", "evaluation_set"})
+        config = self.run.config.model_dump(mode="json", exclude={"membership", "evaluation_set", "release"})
         files = {"federation.json": (self.run.path / "federation.json").read_text()}
         return self.store.open_run(self.run.config.name, self.run.digest, _flat(config), files, self.run.id)
 
@@ -132,59 +138,43 @@ class Tracking:
         return self.run.round(number) / "logged.json"
 
 
-def export(run: RunFolder) -> Path:
-    """Write the newest committed backbone as a release folder below the run folder, and return it.
+def register(
+    path: Path, number: int | None = None, scores: Path | None = None, kit: Path | None = None, uri: str | None = None
+) -> str:
+    """Register a committed round of a run folder as the candidate, signed with a kit's key; return NAME/version.
 
-    Raises ConfigError for batch normalisation without an evaluation set, whose images give its statistics.
+    Only what one process trained may do without a kit: the run folder's own key signs it. `uri` is another MLflow
+    than the run's. Raises ConfigError for a round or a kit that is not there.
     """
-    from wardround.backbones import save_release
+    run = open_run(path)
+    if kit is None and any(member.startswith("-----BEGIN") for member in run.members.values()):
+        raise ConfigError(
+            f"{path}: was trained over a network, and its coordinator signs what it releases; name the folder that "
+            "'wardround provision' wrote by --kit."
+        )
+    tracking = Tracking(replace(run, tracking=uri or run.tracking), None if kit is None else kit_key(kit))
+    reference = tracking.release(number, scores)
+    if run.committed()[-1] == run.config.training.rounds:
+        tracking.store.close_run(tracking.mlflow_run, "FINISHED")
+    return reference
 
-    number = run.committed()[-1]
-    folder = run.path / "release"
-    provenance = {
-        "federation": run.config.name,
-        "protocol": run.protocol.model_dump(mode="json"),
-        "protocol_digest": run.digest,
-        "round": number,
-        "sites": {site: figures["weight"] for site, figures in run.record(number).get("sites", {}).items()},
-        "differential_privacy": guarantee(run),
-        "versions": versions(),
+
+def tags_of(said: Mapping[str, Any]) -> dict[str, str]:
+    """Return what of a release's lineage is found without downloading it."""
+    promised, probes = said["differential_privacy"], said["evaluation"].get("probes", {})
+    privacy = "none"
+    if isinstance(promised, Mapping):
+        spent = promised["epsilon"]
+        most = max(spent.values(), default=0.0) if isinstance(spent, Mapping) else spent
+        privacy = f"epsilon {upward(most)}, {promised['adjacency']}, delta {promised['delta']:g}"
+    return {
+        **{name: str(said[name]) for name in ("round", "method", "backbone", "federation_digest")},
+        "protocol": said["protocol_digest"],
+        "privacy": privacy,
+        "probe": json.dumps(probes.get("linear", {})),
+        "parent": said["parent"]["version"] if said["parent"] else "",
+        "stock_timm": str(said["stock_timm"]).lower(),
     }
-    images = evaluation_images(run.config) if run.config.backbone.norm == "batch" else None
-    save_release(run.protocol, run.checkpoint(number).state, folder, provenance, images)
-    return folder
-
-
-def guarantee(run: RunFolder) -> str | dict[str, Any]:
-    """Return what a release promises: "none", or unit, adjacency, delta, epsilon and the sentence that says it.
-
-    Inside a site, epsilon is each site's own, as it declared it with its last folded update.
-    """
-    privacy, rounds = run.config.privacy, run.committed()[1:]
-    if isinstance(privacy, NoPrivacyConfig):
-        return "none"
-    words = {"unit": privacy.unit, "adjacency": f"add or remove one {privacy.unit}", "delta": privacy.delta}
-    if isinstance(privacy, SitePrivacyConfig):
-        epsilon = site_level.spent(privacy, run.config.training.rounds, len(rounds))
-        return {**words, "epsilon": epsilon, "statement": statement(privacy, len(rounds), epsilon=epsilon)}
-    last: dict[str, tuple[int, float]] = {}
-    for number in rounds:
-        for site, figures in run.record(number)["sites"].items():
-            last[site] = (number, figures["epsilon"])
-    sentences = {site: statement(privacy, number, site, epsilon) for site, (number, epsilon) in sorted(last.items())}
-    return {**words, "epsilon": {site: epsilon for site, (_, epsilon) in last.items()}, "statement": sentences}
-
-
-def evaluation_images(config: FederationConfig) -> NDArray[np.uint8] | None:
-    """Return the images that the coordinator draws, [N, C, S, S], or None where it has none."""
-    chosen = config.evaluation_set
-    if chosen is None:
-        return None
-    from wardround.data import procedural_set, read_labelled
-
-    if chosen.folder is not None and chosen.kind == "labelled":  # the config sees to it that the folder is named
-        return read_labelled(chosen.folder, config.data).images
-    return procedural_set(chosen.count, config.seed, config.data).images
 
 
 def shown(run: RunFolder, number: int) -> dict[str, float]:

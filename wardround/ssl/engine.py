@@ -72,7 +72,7 @@ class Plain:
                 loss = self._joint(batch)
                 break
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._halve()
         if self.fabric.world_size > 1:
@@ -176,7 +176,7 @@ class Plain:
         return self._epoch[1]
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether an error is an allocator's: torch has a class for it on GPUs only, and oneDNN no word."""
     texts = ("can't allocate memory", "could not create a primitive", "could not create a memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
