@@ -26,7 +26,8 @@ from wardround.downstream.finetune import Tuning
 from wardround.downstream.splits import split
 from wardround.errors import CheckpointError, ConfigError, DataError
 from wardround.plan import resolve
-from wardround.probe import knn_probabilities, score
+from wardround.probe.knn import knn_probabilities
+from wardround.probe.scores import score
 from wardround.report.measured import draw_all, tables
 
 SIZE = 16

@@ -18,7 +18,7 @@ from wardround.downstream.evaluate import evaluate
 from wardround.downstream.finetune import Classifier, Labels, Tuning, answers, stages, steps_of, tune
 from wardround.downstream.lora import lora_layers
 from wardround.errors import CheckpointError, ConfigError
-from wardround.probe import score
+from wardround.probe.scores import score
 
 QUICK = Tuning(epochs=1, least_steps=12, batch_size=8, checks=2)
 CNN = {"backbone": {"name": "mobilenetv3_small_050"}, "method": {"name": "simclr", "hidden_dim": 16, "output_dim": 8}}

@@ -60,6 +60,16 @@ import wardround.data, wardround.backbones, wardround.ssl, wardround.plan, wardr
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_a_sites_process_loads_nothing_that_only_measuring_needs() -> None:
+    """It would start a tenth later, and each command with it."""
+    code = """
+import sys
+import wardround.client.app, wardround.client.node
+assert not sys.modules.keys() & {"sklearn", "torchmetrics", "peft", "mlflow", "matplotlib"}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_the_coordinators_processes_load_no_torch() -> None:
     """They would take half a gigabyte each."""
     code = """

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from wardround.probe import calibration
+from wardround.probe.calibration import calibration
 
 
 def test_the_expected_calibration_error_is_the_mean_gap_weighted_by_answers() -> None:

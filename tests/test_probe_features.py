@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from wardround.errors import CheckpointError
-from wardround.probe import features
+from wardround.probe.features import features
 
 
 def encoder() -> nn.Module:

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wardround.probe import draw_fraction
+from wardround.probe.fractions import draw_fraction
 
 
 def cohort(patients: int, images_each: int, classes: int) -> tuple[np.ndarray, np.ndarray]:

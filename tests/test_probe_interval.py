@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import norm, t
 from sklearn.metrics import roc_auc_score
 
-from wardround.probe import Scores, interval, score, summary
-from wardround.probe.interval import weighted_scores
+from wardround.probe.interval import interval, summary, weighted_scores
+from wardround.probe.scores import Scores, score
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 3, 60)

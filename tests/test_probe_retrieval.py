@@ -6,7 +6,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.preprocessing import StandardScaler
 
-from wardround.probe import Shelf, retrieve
+from wardround.probe.retrieval import Shelf, retrieve
 
 RNG = np.random.default_rng(0)
 

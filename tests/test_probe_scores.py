@@ -5,8 +5,9 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from wardround.probe import knn_probabilities, linear_probabilities, score
-from wardround.probe.linear import STRENGTHS, Labelled
+from wardround.probe.knn import knn_probabilities
+from wardround.probe.linear import STRENGTHS, Labelled, linear_probabilities
+from wardround.probe.scores import score
 
 
 def test_balanced_accuracy_counts_each_class_alike() -> None:

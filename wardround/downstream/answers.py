@@ -12,8 +12,10 @@ from wardround.downstream.arms import Arm, Network
 from wardround.downstream.finetune import Labels, Tuning, answers, steps_of, tune
 from wardround.downstream.memory import smaller_once
 from wardround.downstream.splits import Splits
-from wardround.probe import Labelled, draw_fraction, knn_probabilities, linear_probabilities
 from wardround.probe.features import BATCH
+from wardround.probe.fractions import draw_fraction
+from wardround.probe.knn import knn_probabilities
+from wardround.probe.linear import Labelled, linear_probabilities
 from wardround.ssl.draws import generator
 
 Probabilities = NDArray[np.float64]  # [N, K] of the test images

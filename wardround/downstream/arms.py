@@ -19,8 +19,7 @@ from wardround.backbones import FAMILIES, family_of, released_model
 from wardround.config.federation import Recipe
 from wardround.downstream.load import check_patches, load_backbone, protocol_of
 from wardround.errors import ConfigError
-from wardround.probe import features
-from wardround.probe.features import BATCH
+from wardround.probe.features import BATCH, features
 
 __all__ = ["Arm", "Network", "imagenet_arm", "protocol_of", "raw_pixels", "release_arm", "three_arms"]
 

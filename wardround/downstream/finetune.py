@@ -26,8 +26,8 @@ from wardround.data import LabelledImages
 from wardround.downstream.arms import Network
 from wardround.downstream.lora import add_lora
 from wardround.errors import CheckpointError, ConfigError
-from wardround.probe import score
 from wardround.probe.features import BATCH
+from wardround.probe.scores import score
 from wardround.ssl.draws import generator
 from wardround.ssl.views import view
 

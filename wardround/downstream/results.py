@@ -8,8 +8,11 @@ from numpy.typing import NDArray
 
 from wardround.data import LabelledImages
 from wardround.downstream.answers import Answered, Design, Probabilities
-from wardround.probe import Shelf, calibration, can_tell, interval, retrieve, score, summary
+from wardround.probe.calibration import calibration
 from wardround.probe.evaluation import Detail, Evaluation, Retrieval, Row, Subgroup
+from wardround.probe.interval import interval, summary
+from wardround.probe.retrieval import Shelf, retrieve
+from wardround.probe.scores import can_tell, score
 
 FEWEST = 10  # patients of a class in a group: of ten, a recall's 95 % interval is some 0.3 to either side
 SHOWN_QUERIES, SHOWN_NEAREST = 8, 5

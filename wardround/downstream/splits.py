@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from wardround.data import LabelledImages
 from wardround.errors import DataError
-from wardround.probe import can_tell, draw_fraction
+from wardround.probe.fractions import draw_fraction
+from wardround.probe.scores import can_tell
 
 SPLITS = ("train", "val", "test")
 VAL_SHARE = 0.2  # of the training images, where a set has no validation split

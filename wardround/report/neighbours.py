@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from wardround.backbones import released_model
 from wardround.config.federation import Recipe
 from wardround.data import LabelledImages
-from wardround.probe import features
+from wardround.probe.features import features
 from wardround.report.sheet import draw_sheet
 from wardround.update import State
 

@@ -193,7 +193,10 @@ def _figures(status: Status) -> list[str]:
 
 def _missed(status: Status) -> list[str]:
     missed = {name: site for name, site in status.sites.items() if site.missed}
-    return [f"'{name}' missed {site.missed} rounds; the last: {site.reason}" for name, site in missed.items()]
+    return [
+        f"'{name}' missed {site.missed} round{'s' * (site.missed > 1)}; the last: {site.reason}"
+        for name, site in missed.items()
+    ]
 
 
 def _of_what(status: Status) -> str:

@@ -219,7 +219,7 @@ def spread(run: RunFolder, number: int, folder: Path, images: NDArray[np.uint8] 
         import torch
 
         from wardround.downstream.load import load_backbone
-        from wardround.probe import features
+        from wardround.probe.features import features
         from wardround.probe.monitor import IMAGES, figures
 
         data = run.config.data
