@@ -53,11 +53,11 @@ def main() -> None:
             row = in_a_process(rule, count)
             rows.append(row)
             sizes = [f"{row[key] / 1e6:,.0f}" for key in ("anonymous", "resident")]
+            if given.out:  # after each: the largest take half an hour
+                given.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
             print(rule, count, f"{row['seconds']:.1f} s", flush=True)
             made.add_row(rule, f"{count:,}", *sizes, f"{row['seconds']:.1f}", f"{1000 * row['seconds'] / count:.0f}")
     Console().print(made)
-    if given.out:
-        given.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 def in_a_process(rule: str, count: int) -> dict[str, Any]:
