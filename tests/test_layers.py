@@ -22,6 +22,8 @@ DOORS = {
     "sklearn": {"probe/"},
     "torchmetrics": {"probe/"},
     "peft": {"downstream/lora.py"},
+    "onnx": {"downstream/onnx_graph.py"},
+    "onnxruntime": {"downstream/onnx_graph.py"},
     "prometheus_client": {"server/metrics.py"},
     "requests": {"registry/mlflow_connection.py", "data/dicomweb_server.py"},
     "matplotlib": {"report/"},

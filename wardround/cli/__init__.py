@@ -30,6 +30,7 @@ for command in (
     backbone.promote,
     backbone.rollback,
     backbone.evaluate,
+    backbone.export,
 ):
     cli.command()(command)
 cli.add_typer(provision_cli, name="provision")

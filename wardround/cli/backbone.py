@@ -9,6 +9,7 @@ from rich.console import Console
 from wardround.cli.options import Tracking, default_tracking, say_next
 
 Reference = Annotated[str, typer.Argument(help="NAME@alias or NAME/version.")]
+Source = Annotated[str, typer.Argument(help="A run folder, a pulled backbone's folder, or NAME@alias.")]
 Trust = Annotated[
     str | None,
     typer.Option(
@@ -102,8 +103,28 @@ def rollback(
     typer.echo(f"{name}/{former} is the champion again; it was version {current}")
 
 
+def export(
+    source: Source,
+    format: Annotated[str, typer.Option(help="onnx, onnx-int8 or pt2 (torch.export).")],
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A labelled folder to compare on, and to calibrate int8 on; default: procedural images."),
+    ] = None,
+    trust: Trust = None,
+    tracking: Tracking = None,
+) -> None:
+    """Write a backbone for another runtime, its normalisation included, and measure it against torch."""
+    from wardround.downstream.export import export as write
+    from wardround.report.exported import exported_table
+
+    found = write(source, format, to, data, tracking or default_tracking(), trust)
+    Console().print(exported_table(found.__dict__))
+    typer.echo(f"{to / found.file} takes images in [0, 1], [B, C, S, S] float32, and gives features [B, D].")
+
+
 def evaluate(
-    source: Annotated[str, typer.Argument(help="A run folder, a pulled backbone's folder, or NAME@alias.")],
+    source: Source,
     data: Annotated[Path, typer.Option(help="A labelled folder with patient-disjoint splits.")],
     label: Annotated[str, typer.Option(help="The column of labels.csv to predict.")] = "label",
     multi_label: Annotated[
