@@ -56,6 +56,17 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_it(change: dict[str, An
     assert "\n" not in str(caught.value)
 
 
+def test_a_misspelt_key_is_named_before_the_one_that_is_then_missing() -> None:
+    raw = {**TINY, "training": {"rounds": 2, "local_step": 3}}
+    with pytest.raises(ConfigError, match=r"unknown key 'local_step'; did you mean 'local_steps'\? \(1 more\)"):
+        parse(raw, FederationConfig, "x.toml")
+
+
+def test_a_text_of_another_form_is_told_what_it_is_for() -> None:
+    with pytest.raises(ConfigError, match=r'hours = "20-6": has not the form .* such as 20:00-06:00'):
+        parse({"format": 1, "name": "a", "work": "w", "images": {"folder": "."}, "hours": "20-6"}, SiteConfig, "x.toml")
+
+
 def test_a_method_without_its_name_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"x\.toml: \[method\] the key 'name' is missing; add it"):
         parse({**TINY, "method": {"decoder_dim": 16}}, FederationConfig, "x.toml")

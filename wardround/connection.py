@@ -175,7 +175,7 @@ class SiteConnection:
             except httpx.HTTPStatusError as error:
                 if before is None:
                     raise ConnectionRefusedError(
-                        f"the coordinator {_UNKNOWN}, or another container of this site uses it"
+                        f"the coordinator {_UNKNOWN}, or another container of this site uses it: stop that one"
                     ) from error
             # Who is killed counts as online for another minute, and may have taken a message with it. Who lives
             # beats in between, is online again, and keeps its place.

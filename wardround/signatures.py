@@ -54,7 +54,8 @@ def untrusted(certificate: bytes, ca: bytes, host: str | None = None, now: datet
     try:
         found.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
-        return f"{FOREIGN} ('{_common_name(authority.subject)}'), but by '{_common_name(found.issuer)}'"
+        own, other = _common_name(authority.subject), _common_name(found.issuer)
+        return f"{FOREIGN} ('{own}'), but by {'another of that name' if own == other else repr(other)}"
     clock = f"and this machine's clock says {now:%Y-%m-%d}"
     for one, what in ((found, ""), (authority, "is signed by a ca.crt that ")):
         if now < one.not_valid_before_utc:

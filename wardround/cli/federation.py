@@ -75,8 +75,15 @@ def coordinate(
     config: Config,
     kit: Annotated[Path, typer.Option(help="The coordinator's folder that `provision` wrote.")],
     out: Out,
-    port: Annotated[int, typer.Option(help="The port that sites connect to.", min=1, max=65535)] = 8500,
-    host: Annotated[str, typer.Option(help="The address to listen on for sites; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="The port to listen on for sites; default: that of the address in the kits.", min=1, max=65535
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on for sites; 0.0.0.0 where they are on other machines.")
+    ] = "127.0.0.1",
     tracking: Tracking = None,
     metrics: Annotated[
         int | None,
@@ -84,9 +91,11 @@ def coordinate(
     ] = None,
 ) -> None:
     """Start the coordinator's server and run the federation's rounds with the sites that connect."""
+    from wardround.server.membership import read_membership
     from wardround.server.metrics import serving
     from wardround.server.superlink import coordinate
 
+    port = port or int(read_membership(kit).address.rpartition(":")[2])
     with serving(out, metrics):
         coordinate(config, kit, out, port, tracking or default_tracking(), host)
     say_next(f"wardround evaluate {out} --data A_LABELLED_FOLDER")

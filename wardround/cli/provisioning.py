@@ -36,10 +36,12 @@ def provision_kits(
     from wardround.provision import lines, prepare, provision
 
     federation = read_toml(config, FederationConfig)
-    (prepare if keys_at_sites else provision)(federation, out, address=address)
+    membership = (prepare if keys_at_sites else provision)(federation, out, address=address)
     typer.echo("\n".join(lines(out)))
     requests = [f"wardround provision sign SITE.csr --out {out}"] if keys_at_sites else []
-    say_next(*requests, f"wardround coordinate {config} --kit {out}/coordinator --out runs/{federation.name}")
+    here = membership.address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]")
+    listen = "" if here else " --host 0.0.0.0"
+    say_next(*requests, f"wardround coordinate {config} --kit {out}/coordinator --out runs/{federation.name}{listen}")
 
 
 @provision_cli.command("sign")

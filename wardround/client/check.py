@@ -132,7 +132,9 @@ def _connection(site: SiteConfig) -> list[Finding]:
     except ConnectionRefusedError as error:
         made.append(Finding("connection", str(error), "problem", "ask the coordinator"))
     except ConnectionError as error:  # it may not have begun yet
-        remedy = "a site keeps trying; if the coordinator is up, have this one address allowed outwards"
+        remedy = (
+            "a site keeps trying; if the coordinator is up, compare [coordinator] address, and have it allowed outwards"
+        )
         made.append(Finding("connection", str(error), "warning", remedy))
     dates = ends(site.coordinator, shown)
     told = "; ".join(f"{name} ends on {end:%Y-%m-%d}" for name, end in dates.items())

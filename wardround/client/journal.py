@@ -36,7 +36,8 @@ class Journal:
         newest = max(self._finished(), default=0)
         if round < newest:
             raise PolicyRefusal(
-                f"round {round} lies behind round {newest}, which is done here; rounds only go forward."
+                f"round {round} lies behind round {newest}, which is done here; rounds only go forward. A federation "
+                "that begins anew needs another seed in its file, and so another approval."
             )
         path = self._round(round) / "update.safetensors"
         if not path.exists():

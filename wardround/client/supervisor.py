@@ -79,7 +79,8 @@ def _connect_once(site: SiteConfig, path: Path, work: Path, ending: Iterator[lis
                 reason = _first(_REASONS, line) or reason
                 saying = _first(_SAYINGS, line)
                 if saying and saying != said:  # an outage is said once, not at each attempt
-                    print(f"site '{site.name}': {saying}", flush=True)
+                    where = f" (see {log})" if saying.endswith("keeps trying") else ""
+                    print(f"site '{site.name}': {saying}{where}", flush=True)
                     said = saying
                 connected |= line.startswith("connected as node ")
             for line in next(ending):

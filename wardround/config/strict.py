@@ -46,7 +46,8 @@ def parse(raw: dict[str, Any], model: type[Model], where: str) -> Model:
         # By way of JSON: strict there still takes a list for a tuple and a text for a date.
         return model.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
+        # A misspelt key first: that another is missing, as likely as not, is the same mistake.
+        problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
         rest = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
         found = f"{_problem(problems[0], model)}{rest}"
         raise ConfigError(f"{where}: {found}{'' if found.endswith('?') else '.'}") from error
@@ -82,6 +83,9 @@ def _problem(problem: Any, model: type[Strict]) -> str:
     if key == "format" and not parents:
         return f"is of format {problem['input']}; this Wardround reads format 1. Use the release that wrote it"
     found = json.dumps(problem["input"], default=str)
+    field = model.model_fields.get(key)
+    if problem["type"] == "string_pattern_mismatch" and field and field.description:
+        return f"{section}{key} = {found[:80]}: has not the form of what it is for: {field.description.rstrip('.')}"
     expected = problem["msg"][:1].lower() + problem["msg"][1:]
     return f"{section}{key} = {found[:80]}: {expected}"
 

@@ -82,7 +82,7 @@ def mechanism(recipe: Recipe, units: int) -> Mechanism:
     if rate > 1.0:
         raise ConfigError(
             f"[training] batch_size = {training.batch_size}: more than the {units} units that the site declares; "
-            "lower batch_size."
+            "lower batch_size in the federation's file."
         )
     noise = calibrate(privacy.epsilon, privacy.delta, rate, training.total_steps)
     return Mechanism(rate, noise, training.local_steps)

@@ -34,7 +34,8 @@ def ledger_lines(rows: Sequence[Row], gaps: Sequence[Intent], site: SiteConfig) 
         for gap in gaps
     ]
     if not rows:
-        return [*lacking, "The ledger is empty."]
+        none = " No private round is trained here: site.toml has no [privacy]." if site.privacy is None else ""
+        return [*lacking, f"The ledger is empty.{none}"]
     last, spent, delta = rows[-1].intent, [row.mechanism for row in rows], rows[0].delta
     lines = [
         *lacking,

@@ -197,10 +197,10 @@ def take(
 
 def too_few(number: int, spool: Spool, asked: int, needed: int, refused: Mapping[str, Refusal]) -> UpdateError:
     """Return the error of a round that cannot be closed, with each site's reason."""
-    reasons = "; ".join(f"'{site}' {refused[site].code}: {refused[site].text}" for site in sorted(refused))
+    reasons = "; ".join(f"'{site}' {refused[site].code}: {refused[site].text.rstrip('.')}" for site in sorted(refused))
     return UpdateError(
         f"round {number}: {len(spool.arrived())} of {asked} sites gave an update, {needed} are needed. "
-        f"{reasons.rstrip('.')}. What arrived is kept; start the same command again to ask the others anew."
+        f"{reasons}. What arrived is kept; start the same command again to ask the others anew."
     )
 
 
