@@ -206,6 +206,13 @@ def test_a_foreign_certificate_is_named_by_who_signed_it(kits: Path, tmp_path: P
         assert why_untrusted(coordinator(kits)) == expected
 
 
+def test_another_federation_of_the_same_name_is_not_taken_for_this_one(kits: Path, tmp_path: Path) -> None:
+    provision(tiny(), tmp_path / "twin", ["lyon"])
+    server, ca = (tmp_path / "twin/coordinator/server.crt").read_bytes(), (kits / "coordinator/ca.crt").read_bytes()
+    said = untrusted(server, ca, "localhost")
+    assert said == "is not signed by ca.crt ('Wardround federation tiny'), but by another of that name"
+
+
 def test_a_certificate_for_another_host_is_named_with_its_hosts(kits: Path) -> None:
     server, ca = ((kits / "coordinator" / name).read_bytes() for name in ("server.crt", "ca.crt"))
     assert untrusted(server, ca, "10.0.0.1") == "is for 127.0.0.1, localhost, not for 10.0.0.1"

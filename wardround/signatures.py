@@ -55,7 +55,8 @@ def untrusted(certificate: bytes, ca: bytes, host: str | None = None, now: datet
         found.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
         own, other = _common_name(authority.subject), _common_name(found.issuer)
-        return f"{FOREIGN} ('{own}'), but by {'another of that name' if own == other else repr(other)}"
+        by = "another of that name" if own == other else f"'{other}'"
+        return f"{FOREIGN} ('{own}'), but by {by}"
     clock = f"and this machine's clock says {now:%Y-%m-%d}"
     for one, what in ((found, ""), (authority, "is signed by a ca.crt that ")):
         if now < one.not_valid_before_utc:
