@@ -28,7 +28,7 @@ from wardround.errors import CheckpointError, ConfigError, DataError
 from wardround.plan import resolve
 from wardround.probe.knn import knn_probabilities
 from wardround.probe.scores import score
-from wardround.report.measured import draw_all, tables
+from wardround.report.measured import draw_all, score_table, tables
 
 SIZE = 16
 
@@ -113,7 +113,7 @@ def test_the_result_reads_as_a_table_and_as_json() -> None:
         {"knows": answer}, replace(images, splits=np.where(images.splits == "val", "train", images.splits))
     )
     console = Console(width=120, file=io.StringIO())
-    console.print(found.table())
+    console.print(score_table(found))
     text = console.file.getvalue()
     for part in (
         "48 test images of 12 patients",

@@ -62,7 +62,7 @@ class Deployment:
     def coordinate(self) -> None:
         tracking = f"sqlite:///{self.folder / 'mlflow.db'}"
         kit = self.folder / "kits" / "coordinator"
-        options = ["--kit", kit, "--out", self.run, "--port", str(self.port), "--tracking", tracking]
+        options = ["--kit", kit, "--out", self.run, "--tracking", tracking]  # the port is the kits'
         self.start("coordinator", "coordinate", self.config, *options)
 
     def join(self, site: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wardround.registry.durable import new_file, write_file, write_tensors
+from wardround.registry.durable import new_file, new_folder, write_file, write_tensors
 from wardround.update import pack, unpack
 
 TENSORS = {"b": np.arange(6, dtype=np.float32).reshape(2, 3).T, "a": np.array(3.0), "codes": np.zeros(7, np.int8)}
@@ -53,4 +53,11 @@ def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "state")]
     said = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=True).stdout
     assert said.startswith(f"CheckpointError {tmp_path / 'state'}: cannot be written:") and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_while_a_folder_is_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "release") as aside:
+        (aside / "model.safetensors").write_bytes(b"half")
+        raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []

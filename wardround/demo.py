@@ -11,6 +11,7 @@ from wardround.config import FederationConfig, read_toml
 from wardround.data import positioning_set, write_hospitals
 from wardround.downstream.evaluate import Evaluation, compare
 from wardround.registry.mlflow_store import Store
+from wardround.report.measured import score_table
 from wardround.report.tables import index_table, left_out_lines, rounds_table, table, told
 from wardround.server.run_folder import RunFolder
 from wardround.simulate import index_sites, simulate
@@ -47,7 +48,7 @@ def run_demo(out: Path, tracking: str, console: Console) -> None:
 
     console.rule("5 of 5: and measures it on held-out patients: straight, or tilted to a side?", align="left")
     evaluation = compare(backbone, positioning_set(900, HELD_OUT_SEED, config.data), fractions=(0.1, 1.0), draws=3)
-    console.print(evaluation.table())
+    console.print(score_table(evaluation))
     console.print(summary(run, evaluation, time.monotonic() - started))
     console.print(
         f"Reconstructions of every round: {out}/pictures   losses: {out}/losses.png", highlight=False, soft_wrap=True

@@ -1,5 +1,6 @@
 """Commands of a downstream team: find a backbone, pull it, measure it."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -119,7 +120,7 @@ def export(
     from wardround.report.exported import exported_table
 
     found = write(source, format, to, data, tracking or default_tracking(), trust)
-    Console().print(exported_table(found.__dict__))
+    Console().print(exported_table(asdict(found)))
     typer.echo(f"{to / found.file} takes images in [0, 1], [B, C, S, S] float32, and gives features [B, D].")
 
 

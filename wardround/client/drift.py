@@ -148,7 +148,7 @@ def embedded(
         return 0.0, 0, 0
     if machine.threads:
         torch.set_num_threads(machine.threads)
-    method = methods.build(protocol)
+    method = methods.build(protocol, drawn=False)
     methods.set_state(method, correction.parted(state)[0])
     backbone = method.backbone.to(machine.device).eval()
     shape = (1, -1, *[1] * (images.images.ndim - 2))

@@ -1,6 +1,5 @@
 """How much a backbone helps where labels are few: probed frozen, and trained on, at fractions of the labels."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from wardround.downstream.results import result
 from wardround.downstream.splits import split
 from wardround.errors import ConfigError
 from wardround.probe.evaluation import PROBES, Evaluation, Row
-from wardround.registry.release import WEIGHTS
+from wardround.registry.release import WEIGHTS, file_hashes
 from wardround.registry.versions import versions
 from wardround.report.measured import draw_all
 
@@ -91,7 +90,7 @@ def compare(
     Raises ConfigError where the images are not of the size and channels that the backbone takes.
     """
     check_shape("backbone", protocol_of(folder), images.images)
-    return replace(evaluate(three_arms(folder), images, fractions, draws, seed), weights=weights_of(folder))
+    return replace(evaluate(three_arms(folder), images, fractions, draws, seed), weights=file_hashes(folder)[WEIGHTS])
 
 
 def evaluate_backbone(request: Request) -> Evaluation:
@@ -115,15 +114,10 @@ def evaluate_backbone(request: Request) -> Evaluation:
         found = evaluate(
             arms, images, request.fractions, request.draws, request.seed, request.tuning, request.force_splits
         )
-        found = replace(found, weights=weights_of(folder))
+        found = replace(found, weights=file_hashes(folder)[WEIGHTS])
     if request.pictures is not None:
         draw_all(found, images, request.pictures)
     return found
-
-
-def weights_of(folder: Path) -> str:
-    """Return the SHA-256 of a release's weights."""
-    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
 
 
 def _named(given: str) -> tuple[str, str]:

@@ -91,6 +91,10 @@ def export(
     with release_folder(source, uri, trust) as folder:
         recipe = protocol_of(folder)
         model = FromPixels(load_backbone(folder), recipe).eval().requires_grad_(False)
+        if format == "onnx-int8" and data is None and onnx_graph.convolves(model):
+            raise ConfigError(
+                "--format onnx-int8: convolutions are calibrated on real images; give a folder by --data."
+            )
         images, of = _images(recipe, data)
         weights = file_hashes(folder)[WEIGHTS]
         with new_folder(to) as aside:
@@ -99,7 +103,7 @@ def export(
                     shutil.copy(path, aside)
             name = f"model{FORMATS[format][0]}"
             try:
-                runner = FORMATS[format][1](model, aside / name, images, data is not None)
+                runner = FORMATS[format][1](model, aside / name, images)
             except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise ConfigError(
@@ -132,13 +136,7 @@ def _images(recipe: Protocol, data: Path | None) -> tuple[Floats, str]:
 
 def _parity(model: nn.Module, runner: Runner, images: Floats) -> dict[str, float]:
     """Return how far features are from torch's, and how long both take, by `Exported`'s names."""
-
-    def by_torch(batch: Floats) -> Floats:
-        with torch.inference_mode():
-            out: Floats = model(torch.from_numpy(batch)).numpy()
-        return out
-
-    expected, before = _timed(by_torch, images)
+    expected, before = _timed(_in_torch(model), images)
     found, after = _timed(runner, images)
     norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
     cosines = (expected * found).sum(axis=1) / np.maximum(norms, 1e-12)
@@ -151,39 +149,39 @@ def _parity(model: nn.Module, runner: Runner, images: Floats) -> dict[str, float
 
 
 def _timed(run: Runner, images: Floats) -> tuple[Floats, float]:
-    """Return all features, and the milliseconds that an image took, the first batch left out where there are more."""
+    """Return all features, and the milliseconds that an image took on one thread, after a batch to warm up."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        parts = [run(images[:BATCH])]
-        begin, rest = time.perf_counter(), images[BATCH:]
-        parts += [run(rest[start : start + BATCH]) for start in range(0, len(rest), BATCH)]
+        run(images[:BATCH])
+        begin = time.perf_counter()
+        parts = [run(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
         took = time.perf_counter() - begin
-        if not len(rest):
-            begin = time.perf_counter()
-            run(images)
-            took = time.perf_counter() - begin
     finally:
         torch.set_num_threads(threads)
-    return np.concatenate(parts), 1000 * took / (len(rest) or len(images))
+    return np.concatenate(parts), 1000 * took / len(images)
 
 
-def _pt2(model: nn.Module, path: Path, images: Floats, real: bool) -> Runner:
-    """Write the program of torch.export, which torch alone loads."""
-    batch = {"images": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(model, (torch.from_numpy(images[:2]),), dynamic_shapes=batch)
-    torch.export.save(program, path)
-    loaded = torch.export.load(path).module()
+def _in_torch(model: nn.Module) -> Runner:
+    """Return torch's run of a network."""
 
     def run(batch: Floats) -> Floats:
         with torch.inference_mode():
-            out: Floats = loaded(torch.from_numpy(batch)).numpy()
+            out: Floats = model(torch.from_numpy(batch)).numpy()
         return out
 
     return run
 
 
-Writer = Callable[[nn.Module, Path, Floats, bool], Runner]
+def _pt2(model: nn.Module, path: Path, images: Floats) -> Runner:
+    """Write the program of torch.export, which torch alone loads."""
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (torch.from_numpy(images[:2]),), dynamic_shapes=batch)
+    torch.export.save(program, path)
+    return _in_torch(torch.export.load(path).module())
+
+
+Writer = Callable[[nn.Module, Path, Floats], Runner]
 FORMATS: dict[str, tuple[str, Writer]] = {
     "onnx": (".onnx", onnx_graph.write),
     "onnx-int8": (".onnx", onnx_graph.write_int8),

@@ -23,7 +23,7 @@ CALIBRATED_ON = 64  # images
 _BATCH = 16
 
 
-def write(model: nn.Module, path: Path, images: Floats, real: bool) -> Callable[[Floats], Floats]:
+def write(model: nn.Module, path: Path, images: Floats) -> Callable[[Floats], Floats]:
     """Write a float32 graph, input `images`, output `features`, any number of images at once; return what runs it.
 
     Raises ConfigError where the extra is not installed.
@@ -45,11 +45,10 @@ def write(model: nn.Module, path: Path, images: Floats, real: bool) -> Callable[
     return _runner(path)
 
 
-def write_int8(model: nn.Module, path: Path, images: Floats, real: bool) -> Callable[[Floats], Floats]:
+def write_int8(model: nn.Module, path: Path, images: Floats) -> Callable[[Floats], Floats]:
     """Write a graph whose large products are of int8; the rest stays float32.
 
-    `real`: whether the images are such as it will see, which the ranges of convolutions are taken from.
-    Raises ConfigError where they would be and are not.
+    A network that `convolves` takes its ranges from `images`, which must then be such as it will see.
     """
     _installed()
     from onnxruntime import quantization
@@ -64,14 +63,11 @@ def write_int8(model: nn.Module, path: Path, images: Floats, real: bool) -> Call
             batch = next(self.batches, None)
             return None if batch is None else {"images": batch}
 
-    convolves = _convolves(model)
-    if convolves and not real:
-        raise ConfigError("--format onnx-int8: convolutions are calibrated on real images; give a folder by --data.")
     with tempfile.TemporaryDirectory() as aside, _quiet():
         whole, ready = Path(aside) / "whole.onnx", Path(aside) / "ready.onnx"
-        write(model, whole, images, real)
+        write(model, whole, images)
         quant_pre_process(str(whole), str(ready))
-        if convolves:
+        if convolves(model):
             quantization.quantize_static(
                 str(ready),
                 str(path),
@@ -85,7 +81,7 @@ def write_int8(model: nn.Module, path: Path, images: Floats, real: bool) -> Call
     return _runner(path)
 
 
-def _convolves(model: nn.Module) -> bool:
+def convolves(model: nn.Module) -> bool:
     """Return whether most of a network's weights are in convolutions."""
     sizes = {
         kind: sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, kind))

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from wardround.data import LabelledImages
 from wardround.downstream.answers import Answered, Design, Probabilities
-from wardround.probe.calibration import calibration
+from wardround.probe.calibration import calibration, confusion
 from wardround.probe.evaluation import Detail, Evaluation, Retrieval, Row, Subgroup
 from wardround.probe.interval import interval, summary
 from wardround.probe.retrieval import Shelf, retrieve
@@ -86,12 +86,10 @@ def _details(arm: Answered, design: Design) -> list[Detail]:
     labels, _ = _test(design)
     details = []
     for probe, found in _largest(arm, design).items():
-        confusion = None
+        crossed = None
         if not design.images.multi_label:
-            counts = np.zeros((len(design.images.classes),) * 2, np.int64)
-            np.add.at(counts, (labels, found[0].argmax(axis=1)), 1)
-            confusion = tuple(tuple(line) for line in counts.tolist())
-        details.append(Detail(arm.arm, probe, max(design.drawn), calibration(labels, found[0]), confusion))
+            crossed = confusion(labels, found[0])
+        details.append(Detail(arm.arm, probe, max(design.drawn), calibration(labels, found[0]), crossed))
     return details
 
 

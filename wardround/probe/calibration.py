@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import entropy
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import confusion_matrix, roc_auc_score
 
 BINS = 15  # of confidence, as Guo et al. 2017 (arXiv:1706.04599) have it
 
@@ -52,3 +52,9 @@ def calibration(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -
     return Calibration(
         float(ece), found, tuple(mean.tolist()), tuple(share.tolist()), tuple(counts[counts > 0].tolist())
     )
+
+
+def confusion(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> tuple[tuple[int, ...], ...]:
+    """Return how many images of each class (a line) were answered with each class, by [N, K] probabilities."""
+    found = confusion_matrix(labels, probabilities.argmax(axis=1), labels=range(probabilities.shape[1]))
+    return tuple(tuple(line) for line in found.tolist())

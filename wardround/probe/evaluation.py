@@ -1,11 +1,8 @@
 """What an evaluation found, as plain values: for tables, pictures, pages, benchmarks and JSON."""
 
 from dataclasses import dataclass
-from itertools import groupby
 
 from pydantic import TypeAdapter
-from rich.markup import escape
-from rich.table import Table
 
 from wardround.probe.calibration import Calibration
 from wardround.probe.retrieval import Retrieved
@@ -106,31 +103,6 @@ class Evaluation:
     def from_json(cls, text: str) -> "Evaluation":
         """Return what `to_json` wrote. Raises pydantic's ValidationError for anything else."""
         return TypeAdapter(cls).validate_json(text)
-
-    def table(self) -> Table:
-        """Return the table that a person reads: an arm and probe a line, a fraction of the labels a column."""
-        title = f"{self.images['test']:,} test images of {self.patients['test']:,} patients"
-        draws = max(row.draws for row in self.rows)
-        drawn = f"mean of up to {draws} draws" if draws > 1 else "one draw"
-        caption = (
-            f"{' / '.join(self.headline)}, {drawn} of labelled patients; below, 95 % intervals, over draws (Student) "
-            "and test patients (bootstrap)"
-        )
-        if any(row.probe not in PROBES for row in self.rows):
-            caption += "; frozen (first stages), full, decay, LoRA: fine-tuned; scratch: trained from random weights"
-        made = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
-        made.caption = escape("\n".join((caption, *self.notes)))
-        made.add_column("arm", overflow="fold")
-        made.add_column("probe", no_wrap=True)
-        sizes = {row.fraction: row.images for row in self.rows}
-        for fraction in sorted(sizes):
-            made.add_column(f"{fraction:.0%} of labels\n{sizes[fraction]:,.0f} images", justify="right", no_wrap=True)
-        for arm, rows in groupby(self.rows, key=lambda row: row.arm):
-            lines = [(probe, list(cells)) for probe, cells in groupby(rows, key=lambda row: row.probe)]
-            for probe, cells in lines:
-                name, last = SHOWN.get(probe, probe), probe == lines[-1][0]
-                made.add_row(escape(arm), name, *(cell(row.mean, row.low, row.high) for row in cells), end_section=last)
-        return made
 
 
 def cell(mean: Scores, low: Scores | None, high: Scores | None) -> str:

@@ -45,15 +45,19 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a folder to write into; leaving the block renames it to `path`: that rename is the commit.
 
-    What a crash left half-written is removed by the next try.
+    After an error nothing is left of it; what a crash left half-written is removed by the next try.
     """
     aside = path.with_name(f".{path.name}.partial")
     with _disk_errors(path):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        yield aside
-        sync(aside)
-        aside.rename(path)
+        try:
+            yield aside
+            sync(aside)
+            aside.rename(path)
+        except Exception:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         sync(path.parent)
 
 

@@ -1,4 +1,4 @@
-"""An evaluation as a person sees it: tables beside `Evaluation.table`, and pictures."""
+"""An evaluation as a person sees it: tables and pictures."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wardround.data import LabelledImages
-from wardround.probe.evaluation import SHOWN, Evaluation, Row, cell, short
+from wardround.probe.evaluation import PROBES, SHOWN, Evaluation, Row, cell, short
 from wardround.report.calibration import draw_confusion, draw_reliability
 from wardround.report.neighbours import draw_retrieved
 from wardround.report.tables import table
@@ -17,12 +17,38 @@ from wardround.report.tables import table
 
 def tables(found: Evaluation) -> Iterator[Table]:
     """Give what was measured: scores, calibration and uncertainty, retrieval, and groups where there are some."""
-    yield found.table()
+    yield score_table(found)
     yield calibration_table(found)
     if found.retrieval:
         yield retrieval_table(found)
     if found.subgroups:
         yield subgroup_table(found)
+
+
+def score_table(found: Evaluation) -> Table:
+    """Return the table that a person reads: an arm and probe a line, a fraction of the labels a column."""
+    title = f"{found.images['test']:,} test images of {found.patients['test']:,} patients"
+    draws = max(row.draws for row in found.rows)
+    drawn = f"mean of up to {draws} draws" if draws > 1 else "one draw"
+    caption = (
+        f"{' / '.join(found.headline)}, {drawn} of labelled patients; below, 95 % intervals, over draws (Student) "
+        "and test patients (bootstrap)"
+    )
+    if any(row.probe not in PROBES for row in found.rows):
+        caption += "; frozen (first stages), full, decay, LoRA: fine-tuned; scratch: trained from random weights"
+    made = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+    made.caption = escape("\n".join((caption, *found.notes)))
+    made.add_column("arm", overflow="fold")
+    made.add_column("probe", no_wrap=True)
+    sizes = {row.fraction: row.images for row in found.rows}
+    for fraction in sorted(sizes):
+        made.add_column(f"{fraction:.0%} of labels\n{sizes[fraction]:,.0f} images", justify="right", no_wrap=True)
+    for arm, rows in groupby(found.rows, key=lambda row: row.arm):
+        lines = [(probe, list(cells)) for probe, cells in groupby(rows, key=lambda row: row.probe)]
+        for probe, cells in lines:
+            name, last = SHOWN.get(probe, probe), probe == lines[-1][0]
+            made.add_row(escape(arm), name, *(cell(row.mean, row.low, row.high) for row in cells), end_section=last)
+    return made
 
 
 def calibration_table(found: Evaluation) -> Table:

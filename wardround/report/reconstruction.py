@@ -23,7 +23,7 @@ def draw_reconstructions(recipe: Recipe, state: State, images: NDArray[np.uint8]
     images: [N, C, S, S]; the first eight are drawn, with the same masks in every round. Of volumes,
     [N, C, S, S, S], the middle slice is drawn.
     """
-    method = methods.build(recipe)
+    method = methods.build(recipe, drawn=False)
     if not isinstance(method, MAE | SparK):
         return False
     methods.set_state(method, state)
