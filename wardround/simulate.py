@@ -2,11 +2,10 @@
 
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -22,6 +21,8 @@ from wardround.registry.durable import write_file
 from wardround.server.app import app as server_app
 from wardround.server.run_folder import RunFolder, check_owner, create
 
+Answer = Callable[[Message, Context], Message]
+
 
 def index_sites(config: FederationConfig, data: Path, out: Path, threads: int = 0) -> dict[str, SiteImages]:
     """Return the images of every site of a folder, indexed and decoded, so that bad input shows before training.
@@ -34,12 +35,17 @@ def index_sites(config: FederationConfig, data: Path, out: Path, threads: int = 
     return {site.name: open_site(site, config.data) for site in sites}
 
 
-def simulate(config: FederationConfig, data: Path, out: Path, tracking: str, threads: int = 0) -> RunFolder:
-    """Run a federation over the sites of a folder (see `index_sites`), or go on where an earlier call stopped."""
+def simulate(
+    config: FederationConfig, data: Path, out: Path, tracking: str, threads: int = 0, client: Answer = client_app
+) -> RunFolder:
+    """Run a federation over the sites of a folder (see `index_sites`), or go on where an earlier call stopped.
+
+    `client` answers for every site; who measures what absent sites cost puts another one in its place.
+    """
     plan = resolve(config)
     files = _write_sites(config, plan, data, out, threads)
     run = create(out, plan, {site: f"in-process:{site}" for site in files}, tracking)
-    grid = InProcessGrid(client_app, files)
+    grid = InProcessGrid(client, files)
     server_app(grid, Context(1, 0, {}, RecordDict(), {"run-folder": str(out.resolve())}))
     return run
 
@@ -104,7 +110,7 @@ class InProcessGrid(Grid):
     Contents are not copied: what wire.py sends are immutable bytes.
     """
 
-    def __init__(self, client: ClientApp, files: dict[str, Path]) -> None:
+    def __init__(self, client: Answer, files: dict[str, Path]) -> None:
         self.client = client
         self.files = {number: (site, path) for number, (site, path) in enumerate(sorted(files.items()), start=1)}
         self.waiting: dict[str, Message] = {}

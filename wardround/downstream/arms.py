@@ -21,7 +21,7 @@ from wardround.downstream.load import check_patches, load_backbone, protocol_of
 from wardround.errors import ConfigError
 from wardround.probe.features import BATCH, features
 
-__all__ = ["Arm", "Network", "imagenet_arm", "protocol_of", "raw_pixels", "release_arm", "three_arms"]
+__all__ = ["Arm", "Network", "imagenet_arm", "protocol_of", "raw_pixels", "release_arm", "three_arms", "untrained_arm"]
 
 Images = NDArray[np.uint8]
 Arm = Callable[[Images], NDArray[np.float32]]  # images [N, C, S, S] -> features [N, D]
@@ -57,18 +57,23 @@ class Network:
 def three_arms(folder: Path, *, device: str = "cpu", autocast: bool = False) -> dict[str, Arm]:
     """Return the arms of a release by name; `random` is the encoder that the seed initialises.
 
-    With batch normalisation, `random` takes its statistics from the very images that it is given, as
-    it has no others; that can only flatter it.
     Raises CheckpointError for a release that does not say how it was trained.
     """
-    recipe = protocol_of(folder)
-    start = methods.get_state(methods.build(recipe))
-    random = Network(lambda images: released_model(recipe, start, images), recipe, True, device, autocast)
     return {
         "backbone": release_arm(folder, device=device, autocast=autocast),
-        "random": random,
+        "random": untrained_arm(protocol_of(folder), device=device, autocast=autocast),
         "raw pixels": raw_pixels,
     }
+
+
+def untrained_arm(recipe: Recipe, *, device: str = "cpu", autocast: bool = False) -> Network:
+    """Return the encoder that a recipe's seed initialises.
+
+    With batch normalisation it takes its statistics from the very images that it is given, as it has no others;
+    that can only flatter it.
+    """
+    start = methods.get_state(methods.build(recipe))
+    return Network(lambda images: released_model(recipe, start, images), recipe, True, device, autocast)
 
 
 def release_arm(folder: Path, *, device: str = "cpu", autocast: bool = False) -> Network:

@@ -1,0 +1,272 @@
+"""What federated pretraining is worth on real images: beside central, local-only, random and supervised training.
+
+    python benchmarks/utility.py --suite malaria --data shared/data [--quick] [--out runs/utility] [--device cuda]
+
+Every trained arm sees the same number of images in the same schedule: a single site, or all images in one place,
+takes as many steps as all sites of the federation together. Frozen features are probed (k-NN, linear) at 1, 10 and
+100 % of the training labels, and unless --quick the networks are trained on with labels (all weights), against
+training from scratch.
+
+Arms:  random, raw pixels, central, federated (FedAvg), FedProx, FedAdam, FedEMA (of BYOL), int8, one site missing,
+       patient-level DP, SITE alone; training from scratch is `random`, fine-tuned.
+Cells: method x partition x arm x seed. Each is kept in a folder that its config's digest names: a run that was cut
+       goes on, and a changed setting trains only what it changes.
+
+Writes SUITE.json, SUITE.md and SUITE.png into --out. --quick: one seed of MAE over the folder's own sites, short: ten
+minutes on two cores. The whole is meant for a GPU.
+"""
+
+import argparse
+import copy
+import csv
+import hashlib
+import json
+import random
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, Error, Message
+from flwr.common.constant import ErrorCode
+from partitions import partition
+from rich.console import Console
+from utility_table import Scored, draw, markdown, tables
+from views import machine
+
+from wardround.client.app import app as client_app
+from wardround.config import FederationConfig, parse
+from wardround.config.federation import DataConfig
+from wardround.data import LabelledImages, labelled_sites, read_labelled
+from wardround.downstream.arms import Arm, raw_pixels, release_arm, untrained_arm
+from wardround.downstream.evaluate import FRACTIONS, evaluate
+from wardround.downstream.finetune import Tuning
+from wardround.plan import resolve
+from wardround.probe.evaluation import Evaluation
+from wardround.registry.durable import write_file
+from wardround.simulate import simulate
+
+DELTA = 1e-3  # below one over the patients of the largest site
+AWAY = 0.3  # share of the rounds that the missing site misses
+MISSING = "one site missing"
+SERVER_ADAM = {"optimiser": "adam", "learning_rate": 1e-3, "betas": [0.9, 0.99], "tau": 1e-3}
+# What a federated arm changes in the suite's config.
+FEDERATED: dict[str, dict[str, Any]] = {
+    "federated": {},
+    "FedProx": {"training": {"correction": {"name": "fedprox", "mu": 0.01}}},
+    "FedAdam": {"aggregation": SERVER_ADAM},
+    "FedEMA": {"training": {"correction": {"name": "fedema", "scale": 1.0}}},
+    "int8": {"encoding": "int8"},
+    MISSING: {"membership": {"min_sites": 1}},
+    "patient-level DP": {"privacy": {"unit": "patient", "epsilon": 8.0, "delta": DELTA, "images_per_patient": 8}},
+}
+ONLY = {"FedEMA": ("byol",), "patient-level DP": ("mae",)}  # which methods they admit, of the suites'
+QUICK = ("federated", "int8", MISSING)
+SAME_CONFIG = ("random", "raw pixels", MISSING)  # as another arm's
+QUICK_TRAINING = {"rounds": 10, "local_steps": 10, "batch_size": 32, "warmup_steps": 10}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A labelled folder, what of it is scored, and the federations that pretrain on it."""
+
+    folder: str
+    label: str
+    configs: dict[str, str]  # method -> file of federation_configs/
+    scored_site: str | None = None  # where the other sites' labels say too little
+
+
+SUITES = {
+    "malaria": Suite("malaria_cells", "label", {"mae": "malaria_mae", "simclr": "malaria_simclr"}),
+    "chest": Suite("cxr_pneumonia", "label3", {"mae": "chest_mae"}, scored_site="guangzhou_paediatric"),
+    "blood": Suite("bccd_cells", "label", {"mae": "blood_mae"}),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm trained once."""
+
+    method: str
+    partition: str
+    arm: str
+    seed: int
+    config: FederationConfig
+    data: Path
+
+
+def main() -> None:
+    """Train and score what is missing, then print and write the tables and the figure."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--suite", choices=SUITES, required=True)
+    options.add_argument("--data", type=Path, required=True, help="the folder that holds the suites' folders")
+    options.add_argument("--quick", action="store_true")
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--methods", nargs="*", help="some of the suite's")
+    options.add_argument("--partitions", nargs="*", default=["sites", "skew", "iid"])
+    options.add_argument("--arms", nargs="*", help="some of the arms")
+    options.add_argument("--out", type=Path, default=Path("runs/utility"))
+    options.add_argument("--device", default="cpu")
+    given = options.parse_args()
+    if given.quick:
+        given.seeds, given.partitions, given.methods = 1, ["sites"], ["mae"]
+    console = Console()
+    cells = list(plan(given))
+    scored, begin = [], time.monotonic()
+    for number, cell in enumerate(cells, start=1):
+        scored.append(Scored(cell.method, cell.partition, cell.arm, cell.seed, score(cell, given)))
+        took = time.monotonic() - begin
+        left = took / number * (len(cells) - number) / 60
+        console.print(
+            f"[{number}/{len(cells)}] {cell.method}, {cell.partition}, {cell.arm}, seed {cell.seed}: linear AUC "
+            f"{scored[-1].auc('linear', 1.0):.3f}; about {left:.0f} min left",
+            markup=False,
+        )
+    for table in tables(scored):
+        console.print(table)
+    name = given.out / f"{given.suite}{'-quick' if given.quick else ''}"
+    said = {"day": str(date.today()), "machine": machine(), "command": " ".join(sys.argv)}
+    name.with_suffix(".json").write_text(
+        json.dumps({**said, "cells": [one.plain() for one in scored]}, indent=1) + "\n"
+    )
+    name.with_suffix(".md").write_text(markdown(scored, said))
+    draw(scored, name.with_suffix(".png"))
+    console.print(f"{name}.json, .md and .png", markup=False)
+
+
+def plan(given: argparse.Namespace) -> Iterator[Cell]:
+    """Give the cells in an order that shows something early: a seed of everything before the next."""
+    suite = SUITES[given.suite]
+    folder = given.data / suite.folder
+    for seed in range(1, given.seeds + 1):
+        for method, name in suite.configs.items():
+            if given.methods and method not in given.methods:
+                continue
+            base = tomllib.loads(Path(f"federation_configs/{name}.toml").read_text()) | {"seed": seed}
+            if given.quick:
+                base["training"] |= QUICK_TRAINING
+            for how in given.partitions:
+                dealt = partition(folder, how, seed, suite.label, given.out / "data")
+                one = partition(folder, "one", 1, suite.label, given.out / "data")
+                for arm, config, data in arms(base, dealt, one, given.quick):
+                    if not given.arms or arm in given.arms:
+                        yield Cell(method, how, arm, seed, config, data)
+
+
+def arms(base: dict[str, Any], dealt: Path, one: Path, quick: bool) -> Iterator[tuple[str, FederationConfig, Path]]:
+    """Give the arms of a partition: name, what is trained, and on which folder."""
+    sites, method = labelled_sites(dealt), base["method"]["name"]
+    together = merged(base, {"training": longer(base["training"], len(sites))})
+    for untrained in ("random", "raw pixels"):
+        yield untrained, parse(base, FederationConfig, base["name"]), one
+    yield "central", parse(together, FederationConfig, base["name"]), one
+    for arm, changes in FEDERATED.items():
+        if (quick and arm not in QUICK) or method not in ONLY.get(arm, (method,)):
+            continue
+        if arm == "patient-level DP":
+            changes = changes | {"membership": {"units": patients(dealt)}, "training": private(base["training"])}
+        yield arm, parse(merged(base, changes), FederationConfig, base["name"]), dealt
+    largest = max(sites, key=lambda site: images(dealt)[site])
+    for site in [largest] if quick else sites:
+        alone = merged(together, {"membership": {"sites": {site: 1.0}}})
+        yield f"{site} alone", parse(alone, FederationConfig, base["name"]), dealt
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with some keys of some sections changed."""
+    made = copy.deepcopy(base)
+    for key, value in changes.items():
+        made[key] = made.get(key, {}) | value if isinstance(value, dict) else value
+    return made
+
+
+def longer(training: dict[str, Any], times: int) -> dict[str, int]:
+    """Return the schedule of one site that takes all sites' steps."""
+    return {"local_steps": training["local_steps"] * times, "warmup_steps": training.get("warmup_steps", 0) * times}
+
+
+def private(training: dict[str, Any]) -> dict[str, float]:
+    """Return the schedule under DP: as many images a step, eight of each patient, at a rate for clipped gradients."""
+    return {"batch_size": max(2, training["batch_size"] // 8), "learning_rate": 1e-4}
+
+
+def rows(data: Path) -> list[dict[str, str]]:
+    """Return the rows of a dealt folder."""
+    with (data / "labels.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def images(data: Path) -> Counter[str]:
+    """Return the number of training images by site."""
+    return Counter(row["site"] for row in rows(data))
+
+
+def patients(data: Path) -> dict[str, int]:
+    """Return the declared patients by site: of a public set they may be counted; rounded down where there are many."""
+    counted = Counter(site for site, _ in {(row["site"], row["patient"]) for row in rows(data)})
+    return {site: count // 5 * 5 or count for site, count in counted.items()}
+
+
+def score(cell: Cell, given: argparse.Namespace) -> Evaluation:
+    """Return a cell's scores, trained and measured now or before."""
+    suite = SUITES[given.suite]
+    same = cell.arm if cell.arm in SAME_CONFIG else ""
+    said = json.dumps([cell.config.model_dump(mode="json"), same, cell.data.name, given.quick], sort_keys=True)
+    folder = given.out / "cells" / hashlib.sha256(said.encode()).hexdigest()[:16]
+    kept = folder / "scores.json"
+    if not kept.exists():
+        found = evaluate(
+            {cell.arm: arm_of(cell, folder / "run", given)},
+            labelled(given.data / suite.folder, suite.label, suite.scored_site, cell.config.data),
+            FRACTIONS,
+            seed=cell.seed,
+            tuning=Tuning(ways=() if given.quick else ("full",)),
+        )
+        write_file(kept, found.to_json().encode())
+    return Evaluation.from_json(kept.read_text())
+
+
+def arm_of(cell: Cell, folder: Path, given: argparse.Namespace) -> Arm:
+    """Return what a cell is measured by, trained now or before."""
+    if cell.arm == "raw pixels":
+        return raw_pixels
+    if cell.arm == "random":
+        return untrained_arm(resolve(cell.config).protocol, device=given.device)
+    if not (folder / "release").exists():
+        client = sometimes_away(sorted(labelled_sites(cell.data))[0], cell) if cell.arm == MISSING else client_app
+        simulate(cell.config, cell.data, folder, f"sqlite:///{(given.out / 'mlflow.db').resolve()}", client=client)
+    return release_arm(folder / "release", device=given.device)
+
+
+def sometimes_away(site: str, cell: Cell) -> Callable[[Message, Context], Message]:
+    """Return what answers for the sites, of which one cannot be reached in 30 % of the rounds, drawn by the seed."""
+    rounds = cell.config.training.rounds
+    missed = set(random.Random(cell.seed).sample(range(1, rounds + 1), round(AWAY * rounds)))
+
+    def answer(message: Message, context: Context) -> Message:
+        if int(message.metadata.group_id) in missed and Path(context.node_config["site-config"]).parent.name == site:
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION), reply_to=message)
+        return client_app(message, context)
+
+    return answer
+
+
+@cache
+def labelled(folder: Path, label: str, site: str | None, data: DataConfig) -> LabelledImages:
+    """Return what arms are measured on: all images of a folder, or of one of its sites."""
+    found = read_labelled(folder, data, label)
+    rows = np.flatnonzero((found.sites == site) | (site is None))
+    parts = {name: getattr(found, name)[rows] for name in ("images", "patients", "sites", "splits")}
+    kept, labels = np.unique(found.labels[rows], return_inverse=True)
+    return replace(found, **parts, labels=labels, classes=tuple(found.classes[place] for place in kept))
+
+
+if __name__ == "__main__":
+    main()
