@@ -27,13 +27,12 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
 from partitions import partition
@@ -44,7 +43,7 @@ from views import machine
 from wardround.client.app import app as client_app
 from wardround.config import FederationConfig, parse
 from wardround.config.federation import DataConfig
-from wardround.data import LabelledImages, labelled_sites, read_labelled
+from wardround.data import LabelledImages, labelled_sites, read_labelled, select_site
 from wardround.downstream.arms import Arm, raw_pixels, release_arm, untrained_arm
 from wardround.downstream.evaluate import FRACTIONS, evaluate
 from wardround.downstream.finetune import Tuning
@@ -261,11 +260,7 @@ def sometimes_away(site: str, cell: Cell) -> Callable[[Message, Context], Messag
 @cache
 def labelled(folder: Path, label: str, site: str | None, data: DataConfig) -> LabelledImages:
     """Return what arms are measured on: all images of a folder, or of one of its sites."""
-    found = read_labelled(folder, data, label)
-    rows = np.flatnonzero((found.sites == site) | (site is None))
-    parts = {name: getattr(found, name)[rows] for name in ("images", "patients", "sites", "splits")}
-    kept, labels = np.unique(found.labels[rows], return_inverse=True)
-    return replace(found, **parts, labels=labels, classes=tuple(found.classes[place] for place in kept))
+    return select_site(read_labelled(folder, data, label), site)
 
 
 if __name__ == "__main__":

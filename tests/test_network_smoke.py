@@ -24,6 +24,7 @@ from wardround.plan import resolve
 from wardround.processes import command, environment, free_port
 from wardround.provision import provision
 from wardround.server.run_folder import RunFolder, open_run
+from wardround.server.scoring import read_asked
 from wardround.simulate import simulate
 from wardround.update import state_hash
 
@@ -215,6 +216,18 @@ def test_sites_are_not_told_where_the_coordinator_keeps_its_run(finished: Deploy
 
 def test_flowers_own_copies_of_the_updates_are_removed_at_the_end(finished: Deployment) -> None:
     assert not list((finished.run / "flower").glob("state.db*"))
+
+
+def test_sites_are_asked_for_scores_after_the_last_round_and_answer_as_they_agreed(finished: Deployment) -> None:
+    site = finished.folder / "kits" / "lyon" / "site.toml"
+    lent = {"folder": str(finished.data), "patients": 2}
+    site.write_text(site.read_text() + to_toml({"evaluation": lent}))
+    kit = finished.folder / "kits" / "coordinator"
+    finished.start("asked", "evaluate", finished.run, "--federated", "--kit", kit)
+    assert finished.running["asked"].wait(120) == 0, finished.said("asked")
+    asked = read_asked(open_run(finished.run))
+    assert set(asked.scores) == {"lyon"} and set(asked.refused) == {"oslo", "pisa"}
+    assert "linear probe, mean over sites" in finished.said("asked")
 
 
 def test_sites_stop_when_told_and_leave_nothing_running(finished: Deployment) -> None:

@@ -14,7 +14,7 @@ from wardround import wire
 from wardround.errors import PolicyRefusal
 from wardround.server.rounds import run_rounds
 from wardround.signatures import sign
-from wardround.update import Refusal, Task, Update
+from wardround.update import Refusal, Task, TaskKind, Update
 from wardround.wire import VERSION, message_to_answer, records_to_task, task_to_records
 
 OLDER = VERSION - 1
@@ -90,3 +90,13 @@ def test_releases_of_one_wire_version_work_together_and_the_record_says_which(tm
     run_rounds(run, Mixed(run), ignore)
     said = {site: declared["version"] for site, declared in run.record(2)["sites"].items()}
     assert said == {site: f"0.1.4-{site}" for site in ("lyon", "oslo", "wien")}
+
+
+@pytest.mark.parametrize(("kind", "other"), [("task", "evaluation"), ("evaluation", "task")])
+def test_what_was_signed_as_a_question_is_not_taken_for_a_task_nor_the_other_way_round(
+    kind: TaskKind, other: TaskKind
+) -> None:
+    records = task_to_records(dataclasses.replace(TASK, kind=kind), "lyon", COORDINATOR)
+    assert records_to_task(records, "lyon", COORDINATOR.public_key(), kind).kind == kind
+    with pytest.raises(PolicyRefusal, match="not signed by the coordinator"):
+        records_to_task(records, "lyon", COORDINATOR.public_key(), other)

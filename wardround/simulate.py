@@ -17,7 +17,10 @@ from wardround.config.privacy import UnitPrivacyConfig
 from wardround.data import SiteImages, labelled_sites, open_site
 from wardround.errors import ConfigError, DataError
 from wardround.plan import Plan, resolve
+from wardround.probe.site_scores import Asked
 from wardround.registry.durable import write_file
+from wardround.server import scoring
+from wardround.server.app import Fleet
 from wardround.server.app import app as server_app
 from wardround.server.run_folder import RunFolder, check_owner, create
 
@@ -50,6 +53,19 @@ def simulate(
     return run
 
 
+def ask_sites(run: RunFolder) -> Asked:
+    """Ask the sites of a run that was simulated for their scores of its newest state.
+
+    Raises ConfigError for a run of a network, whose sites this process does not have.
+    """
+    files = {site: run.path / "sites" / site / "site.toml" for site in run.members}
+    if lacking := sorted(site for site, path in files.items() if not path.exists()):
+        raise ConfigError(
+            f"{run.path}: site '{lacking[0]}' is not of this process; give --kit, the coordinator's folder."
+        )
+    return scoring.ask_sites(run, Fleet(InProcessGrid(client_app, files), run, None).ask)
+
+
 def choose_sites(config: FederationConfig, data: Path) -> list[str]:
     """Return the sites of a folder that take part. Raises DataError or ConfigError where there are none."""
     if not data.is_dir():
@@ -72,13 +88,15 @@ def _write_sites(config: FederationConfig, plan: Plan, data: Path, out: Path, th
 def _write_site(folder: Path, site: str, data: Path, plan: Plan, threads: int) -> Path:
     """Write the `site.toml` of a site of this process, which approves just this protocol."""
     text = json.dumps  # a JSON string is a TOML string
+    lent = ""
     images = f"folder = {text(str((data if _labelled(data) else data / site).resolve()))}\n"
     if _labelled(data):
         images += f'kind = "labelled"\nsite = {text(site)}\n'
+        lent = f"\n[evaluation]\nfolder = {text(str(data.resolve()))}\nsite = {text(site)}\npatients = 2\n"
     path = folder / "site.toml"
     content = (
         f"format = 1\nname = {text(site)}\nwork = {text(str(folder.resolve()))}\napproved = [{text(plan.digest)}]\n"
-        f"threads = {threads}\n\n[images]\n{images}{_terms(plan.config, site)}\n"
+        f"threads = {threads}\n\n[images]\n{images}{lent}{_terms(plan.config, site)}\n"
         "[minimum]  # none: whoever has all sites' images in one place sees them anyway\n"
         "images = 1\nlocal_steps = 1\nbatch_size = 1\n"
     )

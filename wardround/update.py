@@ -8,12 +8,13 @@ what the site journals, what is signed, what the server spools and what crosses:
 import hashlib
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,8 +157,9 @@ def pack_file(path: Path, tensors: Mapping[str, Array], header: Mapping[str, Any
     """Write what `pack` returns without having it in memory. Raises OSError where the disk refuses."""
     try:
         save_file(_in_order(tensors), path, metadata=_metadata(header))
-    except SafetensorError as error:  # it has no kind of its own for a full disk
-        raise OSError(str(error)) from error
+    except SafetensorError as error:  # it has no kind of its own for a full disk, whose number stands in its text
+        found = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))) from error
 
 
 def _in_order(tensors: Mapping[str, Array]) -> dict[str, Array]:
@@ -236,9 +238,12 @@ class Start(NamedTuple):
     hash: str
 
 
+TaskKind = Literal["task", "evaluation"]
+
+
 @dataclass(frozen=True)
 class Task:
-    """What the server asks of one site in one round."""
+    """What the server asks of one site in one round: to train on its images, or to evaluate on its labels."""
 
     round: int  # from 1
     protocol: str  # the protocol as canonical JSON, from which the site computes the digest itself
@@ -246,6 +251,12 @@ class Task:
     state: bytes  # the packed state to start from; or, with the hashes `from` and `to` in its header, the step to it
     ledger: str = ""  # the newest length and head of the site's ledger that the coordinator has seen, LENGTH:HASH
     units: int = 0  # how many units the coordinator has this site down for; 0 without a unit at the site
+    kind: TaskKind = "task"  # evaluation: `state` is the whole state that the round ended with
+
+    @property
+    def name(self) -> str:
+        """What its answer is signed for: the round, or that round's evaluation."""
+        return str(self.round) if self.kind == "task" else f"evaluation of {self.round}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from wardround.encoding import compress
 from wardround.errors import PolicyRefusal, UpdateError
 from wardround.signatures import is_signed, sign
-from wardround.update import Refusal, Task, printable
+from wardround.update import Refusal, Task, TaskKind, printable
 
 # Of this protocol on the wire; both ends must speak the same. It goes up with whatever changes the fields of a task
 # or of an update, or what is signed of them. A refusal never changes, so that the older end's word is read.
@@ -31,13 +31,15 @@ def task_to_records(task: Task, site: str, key: EllipticCurvePrivateKey | None) 
         "ledger": task.ledger,
         "units": task.units,
     }
-    signature = sign(key, "task", site, json.dumps(fields, sort_keys=True), task.state) if key else b""
+    signature = sign(key, task.kind, site, json.dumps(fields, sort_keys=True), task.state) if key else b""
     record = ConfigRecord({**fields, "signature": signature})
     return RecordDict({"task": record, "state": _block(task.state)})
 
 
-def records_to_task(records: RecordDict, site: str, key: EllipticCurvePublicKey | None) -> Task:
-    """Return the task in a message.
+def records_to_task(
+    records: RecordDict, site: str, key: EllipticCurvePublicKey | None, kind: TaskKind = "task"
+) -> Task:
+    """Return the task in a message of this kind.
 
     Raises UpdateError where it is none, and PolicyRefusal where `key`, the coordinator's, did not sign it for
     this very site.
@@ -51,7 +53,7 @@ def records_to_task(records: RecordDict, site: str, key: EllipticCurvePublicKey 
             )
         signature, state = fields.pop("signature"), _bytes(records, "state")
         text = json.dumps(fields, sort_keys=True)
-        if key and not (isinstance(signature, bytes) and is_signed(key, signature, "task", site, text, state)):
+        if key and not (isinstance(signature, bytes) and is_signed(key, signature, kind, site, text, state)):
             raise PolicyRefusal(
                 "the message is not signed by the coordinator whose key came with this site's kit; ask the "
                 "coordinator, and for a new kit if its key has changed."
@@ -63,6 +65,7 @@ def records_to_task(records: RecordDict, site: str, key: EllipticCurvePublicKey 
             state=state,
             ledger=str(fields["ledger"]),
             units=int(fields["units"]),  # type: ignore[arg-type]
+            kind=kind,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UpdateError("the coordinator's message holds no task; its release differs from this site's.") from error

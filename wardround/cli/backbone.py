@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from wardround.cli.options import Tracking, default_tracking, say_next
+from wardround.errors import ConfigError
 
 Reference = Annotated[str, typer.Argument(help="NAME@alias or NAME/version.")]
 Source = Annotated[str, typer.Argument(help="A run folder, a pulled backbone's folder, or NAME@alias.")]
@@ -126,7 +127,21 @@ def export(
 
 def evaluate(
     source: Source,
-    data: Annotated[Path, typer.Option(help="A labelled folder with patient-disjoint splits.")],
+    data: Annotated[Path | None, typer.Option(help="A labelled folder with patient-disjoint splits.")] = None,
+    federated: Annotated[
+        bool,
+        typer.Option(
+            "--federated",
+            help="SOURCE is a run folder: ask its sites for scores on their own labels, and nothing else.",
+        ),
+    ] = False,
+    kit: Annotated[
+        Path | None,
+        typer.Option(help="--federated: the coordinator's folder, to wait for the sites; not after `simulate`."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="--federated: the address to listen on, as `coordinate` has it.")
+    ] = "127.0.0.1",
     label: Annotated[str, typer.Option(help="The column of labels.csv to predict.")] = "label",
     multi_label: Annotated[
         bool, typer.Option("--multi-label", help="A cell holds any number of labels, with ';' between.")
@@ -158,6 +173,11 @@ def evaluate(
     tracking: Tracking = None,
 ) -> None:
     """Compare a backbone with its random initialisation, raw pixels and others: probed frozen, and trained on."""
+    if federated:
+        _ask_sites(Path(source), kit, host, out)
+        return
+    if data is None:
+        raise ConfigError("--data is missing: give a labelled folder, or --federated to ask the sites of a run.")
     from wardround.downstream.evaluate import Request, evaluate_backbone
     from wardround.downstream.finetune import Tuning
     from wardround.report.measured import tables
@@ -183,3 +203,24 @@ def evaluate(
         console.print(table)
     if out is not None:
         out.write_text(evaluation.to_json())
+
+
+def _ask_sites(folder: Path, kit: Path | None, host: str, out: Path | None) -> None:
+    """Ask the sites of a run for scores: those that connect, or with no kit those of this process."""
+    from wardround.report.asked import asked_table
+    from wardround.server.membership import read_membership
+    from wardround.server.run_folder import open_run
+    from wardround.server.scoring import read_asked, refuse_private
+    from wardround.server.superlink import evaluate as ask_over_network
+    from wardround.simulate import ask_sites
+
+    run = open_run(folder)
+    refuse_private(run)
+    if kit is None:
+        asked = ask_sites(run)
+    else:
+        ask_over_network(folder, kit, int(read_membership(kit).address.rpartition(":")[2]), host)
+        asked = read_asked(run)
+    Console().print(asked_table(asked))
+    if out is not None:
+        out.write_text(asked.to_json())

@@ -1,7 +1,7 @@
 """The site's end of Flower: a message in, the policy's and the journal's word, an answer out."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +17,14 @@ from wardround.client.audit import AuditLog, Exchange, kind_of, protocol_of
 from wardround.client.charge import charge
 from wardround.client.journal import WRITTEN, Journal
 from wardround.client.local_round import local_round
+from wardround.client.scoring import refuse_scores, scores
 from wardround.config import Protocol, SiteConfig, read_site
 from wardround.config.privacy import UnitPrivacyConfig
 from wardround.data import open_site
 from wardround.errors import BudgetExhausted, DataError, PolicyRefusal, UpdateError, WardroundError
 from wardround.signatures import fingerprint
 from wardround.ssl.devices import Machine
-from wardround.update import Refusal, Task, withholds
+from wardround.update import Refusal, Task, TaskKind, withholds
 from wardround.wire import answer_to_records, crossing, records_to_task
 
 log = logging.getLogger(__name__)
@@ -41,20 +42,31 @@ CODES: dict[type[Exception], str] = {
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answer one task with an update or a refusal; nothing that is raised crosses, nor what cannot be logged."""
+    return _guarded("task", message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Answer one question for scores with them or a refusal, as guarded as an update is."""
+    return _guarded("evaluation", message, context)
+
+
+def _guarded(kind: TaskKind, message: Message, context: Context) -> Message:
     try:
-        return _answered(message, read_site(Path(str(context.node_config["site-config"]))))
+        return _answered(kind, message, read_site(Path(str(context.node_config["site-config"]))))
     except Exception as error:  # Flower's own SuperNode sends the text of what ends its ClientApp
         log.error("no answer: %s", error, exc_info=error)
         raise WardroundError("no answer: the reason stands in the site's own log") from None
 
 
-def _answered(message: Message, site: SiteConfig) -> Message:
+def _answered(kind: TaskKind, message: Message, site: SiteConfig) -> Message:
     """Return the answer to one message; both are in the audit log when this returns."""
     own, coordinators = keys(site)
     audit = AuditLog(site.work)
     exchange = Exchange(fingerprint(coordinators) if coordinators else "this process")
     try:
-        answer = run_task(site, _task(message, site.name, coordinators, audit, exchange), exchange)
+        task = _task(kind, message, site.name, coordinators, audit, exchange)
+        answer = ANSWERS[kind](site, task, exchange)
     except (PolicyRefusal, UpdateError) as error:
         log.warning("site '%s' refuses: %s", site.name, error)
         answer = Refusal(CODES[type(error)], str(error))
@@ -69,15 +81,22 @@ def _answered(message: Message, site: SiteConfig) -> Message:
     return Message(records, reply_to=message)
 
 
-def _task(message: Message, site: str, key: EllipticCurvePublicKey | None, audit: AuditLog, exchange: Exchange) -> Task:
+def _task(
+    kind: TaskKind,
+    message: Message,
+    site: str,
+    key: EllipticCurvePublicKey | None,
+    audit: AuditLog,
+    exchange: Exchange,
+) -> Task:
     """Return the task in a message, logged whether there is one or not. Raises as `records_to_task` does."""
-    coordinator, exchange.peer, kind = exchange.peer, "", "unreadable"
+    coordinator, exchange.peer, told = exchange.peer, "", "unreadable"
     try:
-        task = records_to_task(message.content, site, key)
-        exchange.peer, exchange.round, exchange.protocol, kind = coordinator, task.round, protocol_of(task), "task"
+        task = records_to_task(message.content, site, key, kind)
+        exchange.peer, exchange.round, exchange.protocol, told = coordinator, task.round, protocol_of(task), kind
         return task
     finally:
-        exchange.head = audit.add(exchange.crossing("in", kind, crossing(message.content)))
+        exchange.head = audit.add(exchange.crossing("in", told, crossing(message.content)))
 
 
 def keys(site: SiteConfig) -> tuple[EllipticCurvePrivateKey, EllipticCurvePublicKey] | tuple[None, None]:
@@ -135,6 +154,22 @@ def run_task(site: SiteConfig, task: Task, exchange: Exchange | None = None) -> 
     block = update.to_bytes()
     journal.finish(task.round, block, memory, task.last_folded)
     return block
+
+
+def run_evaluation(site: SiteConfig, task: Task, exchange: Exchange) -> bytes:
+    """Return the bytes of this site's scores of a task's state."""
+    exchange.kind = "scores"
+    protocol = policy.agreed_protocol(site, task)
+    refuse_scores(site, protocol)
+    start = policy.checked_state(protocol, task)
+    assert start is not None, "an evaluation holds the whole state"
+    return scores(site, protocol, start.state, machine(site).device).to_bytes()
+
+
+ANSWERS: dict[TaskKind, Callable[[SiteConfig, Task, Exchange], bytes | Refusal]] = {
+    "task": run_task,
+    "evaluation": run_evaluation,
+}
 
 
 @contextmanager

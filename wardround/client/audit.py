@@ -29,7 +29,7 @@ class Crossing:
 
     direction: Literal["in", "out"]
     peer: str  # the fingerprint of the coordinator's key; "" for a message that it did not sign
-    kind: str  # in: task, or unreadable; out: update, replay, or refusal: CODE
+    kind: str  # in: task, evaluation, or unreadable; out: update, replay, scores, or refusal: CODE
     round: int  # 0 where the message names none
     protocol: str  # the first digits of its digest
     bytes: int  # of the message's parts, as they crossed

@@ -88,7 +88,7 @@ def checked_state(protocol: Protocol, task: Task, held: Start | None = None) -> 
         return None
     _refuse_large(start.state)
     initial = {name: array for name, array in start.state.items() if not name.startswith(VARIATE)}
-    if task.round == 1 and state_hash(initial) != protocol.initial_state:
+    if task.round == 1 and task.kind == "task" and state_hash(initial) != protocol.initial_state:
         raise PolicyRefusal("round 1 does not start from the initial weights that the approved protocol names.")
     return start
 

@@ -154,6 +154,20 @@ class MinimumConfig(Strict):
     batch_size: int = Field(default=4, ge=1, le=65_536, description="Images a step.")
 
 
+class AnswersConfig(Strict):
+    """Labelled images that a backbone may be probed on here when the coordinator asks; only scores leave.
+
+    Without the section the site answers no such question. Scores bear no noise: with a privacy unit none are given.
+    """
+
+    folder: Path = Field(description="A labelled folder: labels.csv with file, label, patient, site, split.")
+    label: str = Field(default="label", description="The column that is learnt.")
+    site: Name | None = Field(default=None, description="Only rows with this value of the column site.")
+    patients: int = Field(
+        default=10, ge=2, le=1_000_000, description="Fewest patients of each class among the test images."
+    )
+
+
 class SiteConfig(Strict):
     """Everything one hospital sets for itself."""
 
@@ -180,6 +194,9 @@ class SiteConfig(Strict):
         ge=1.0,
         le=100_000.0,
         description="Most megabits a second that states and updates take, each way; unset: all there are.",
+    )
+    evaluation: AnswersConfig | None = Field(
+        default=None, description="Labelled images that a backbone may be probed on; unset: none."
     )
     privacy: SitePrivacy | None = Field(
         default=None, description="The site's own limit; without it no round with differential privacy is trained."

@@ -2,7 +2,7 @@
 
 from wardround.data.hospitals import write_hospitals
 from wardround.data.index import Index, SiteImages, open_site
-from wardround.data.labelled import LabelledImages, channel_constants, labelled_sites, read_labelled
+from wardround.data.labelled import LabelledImages, channel_constants, labelled_sites, read_labelled, select_site
 from wardround.data.procedural import positioning_set, procedural_set
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "positioning_set",
     "procedural_set",
     "read_labelled",
+    "select_site",
     "write_hospitals",
 ]

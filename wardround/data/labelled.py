@@ -71,6 +71,23 @@ def read_labelled(
     )
 
 
+def select_site(images: LabelledImages, site: str | None) -> LabelledImages:
+    """Return the images of one site, and the classes that they have; None: all of them as they are."""
+    if site is None:
+        return images
+    rows = np.flatnonzero(images.sites == site)
+    if not len(rows):
+        raise DataError(f"no row of labels.csv has site '{site}'; found {', '.join(sorted(set(images.sites)))}.")
+    names = ("images", "labels", "patients", "sites", "splits")
+    parts = {name: getattr(images, name)[rows] for name in names}
+    groups = {column: values[rows] for column, values in images.groups.items()}
+    classes = images.classes
+    if not images.multi_label:
+        kept, parts["labels"] = np.unique(parts["labels"], return_inverse=True)
+        classes = tuple(images.classes[place] for place in kept)
+    return LabelledImages(**parts, classes=classes, groups=groups)
+
+
 def labelled_sites(folder: Path) -> list[str]:
     """Return the distinct values of the column `site` of labels.csv, sorted."""
     return sorted({cells["site"].strip() for cells in read_table(folder, ("site",))})

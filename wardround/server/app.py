@@ -30,6 +30,7 @@ app = ServerApp()
 POLL_SECONDS = 0.2
 # Flower's word for a site that has gone since it was asked, and for an answer that broke off on the way.
 LEFT = {ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE}
+MESSAGES = {"task": "train", "evaluation": "evaluate"}  # Flower's name of a task's message
 REVOKED = Refusal("revoked", "takes part no more")
 
 
@@ -163,7 +164,7 @@ class Fleet:
                 if reply.has_error() and reply.error.code in LEFT:
                     self.away[sent.site] = sent
                     break
-                return sent.site, message_to_answer(reply, sent.site, str(sent.round), self.keys[sent.site])
+                return sent.site, message_to_answer(reply, sent.site, sent.task.name, self.keys[sent.site])
             if message_id in self.out and time.monotonic() > sent.deadline:
                 del self.out[message_id]
                 self.late[message_id] = (sent.site, sent.round)
@@ -249,8 +250,8 @@ class Fleet:
             Message(
                 task_to_records(tasks[site], site, self.key),
                 dst_node_id=node,
-                message_type="train",
-                group_id=str(tasks[site].round),
+                message_type=MESSAGES[tasks[site].kind],
+                group_id=tasks[site].name,
             )
             for site, node in nodes.items()
         ]

@@ -38,6 +38,7 @@ from wardround.signatures import untrusted
 
 _STARTUP = 120.0  # seconds; a cold start on a slow disk takes about ten
 _POLL = 0.2  # seconds
+ASK = "--ask"  # rounds_process.py asks for scores, and trains nothing
 ERROR = "error: "  # before the one line of a user's error, as the rounds' process says it
 Answer = TypeVar("Answer")
 _TRIES, _LONGEST_PAUSE = 6, 60.0  # new starts without a round in between; seconds
@@ -84,8 +85,20 @@ def current_members(kit: Path, config: FederationConfig, out: Path) -> Members:
     return members
 
 
-def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1") -> None:
+def evaluate(out: Path, kit: Path, port: int, host: str = "127.0.0.1") -> None:
+    """Ask the sites of a run folder that connect to host:port for their scores of its newest state.
+
+    Raises WardroundError as `coordinate` does.
+    """
+    run = open_run(out)
+    current_members(kit, run.config, out)
+    serve(run, kit, port, host, ASK)
+
+
+def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1", *options: str) -> None:
     """Run the rounds that are left of a run folder; its members are the sites that may connect.
+
+    `options` are those of rounds_process.py, which may do something else than rounds.
 
     What dies is started again, after a pause that grows while no round is committed. Raises WardroundError
     for what a person must mend, and where it died too often.
@@ -108,7 +121,7 @@ def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1") -> None
                         if tries == 0:
                             name = run.config.name
                             print(f"federation '{name}': sites connect to {host}:{port}; logs in {logs}", flush=True)
-                        _follow(link, run)
+                        _follow(link, run, *options)
                     break
                 except Died as death:
                     if not lived:  # it never came up: a new start would not either
@@ -196,13 +209,13 @@ def _wait_until_healthy(link: Link) -> None:
         time.sleep(0.1)
 
 
-def _follow(link: Link, run: RunFolder) -> None:
+def _follow(link: Link, run: RunFolder, *options: str) -> None:
     """Run the rounds to their end. Raises WardroundError with what stopped them, Died where a new start may do."""
     number = str(link.checked(flwr, "run", write_stub(link.home / "stub"), CONNECTION)["run-id"])
     log = link.logs / "rounds.log"
     address = f"127.0.0.1:{link.port}"
     rounds = [sys.executable, "-m", "wardround.server.rounds_process", str(run.path.resolve())]
-    rounds += [str(link.kit), address, str(link.secret), number]
+    rounds += [str(link.kit), address, str(link.secret), number, *options]
     lines, done, last = NewLines(log), run.committed()[-1], ""
     certificate = (link.kit / "server.crt").read_bytes()
     with (

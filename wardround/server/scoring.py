@@ -1,0 +1,55 @@
+"""The newest state probed at the sites: each on its own labels, of which scores alone come back.
+
+RUN/evaluations/00012.json   what the sites said of round 12, and why others said nothing
+"""
+
+import json
+from pathlib import Path
+
+from wardround.encoding import compress, inflate
+from wardround.errors import CheckpointError, ConfigError, UpdateError
+from wardround.probe.site_scores import Asked, SiteScores
+from wardround.registry.durable import write_file
+from wardround.server.rounds import Ask, outgoing
+from wardround.server.run_folder import RunFolder
+from wardround.update import Refusal, Task, pack
+
+
+def refuse_private(run: RunFolder) -> None:
+    """Raise ConfigError where no site may answer, or there is nothing to ask about."""
+    if (unit := run.config.privacy.unit) != "none":
+        raise ConfigError(
+            f"--federated: scores bear no noise, and this federation promises [privacy] unit = '{unit}'; evaluate on "
+            "labelled images of your own."
+        )
+    if not run.committed()[-1]:
+        raise CheckpointError(f"{run.path}: no round is committed yet, so there is nothing to evaluate.")
+
+
+def ask_sites(run: RunFolder, ask: Ask) -> Asked:
+    """Ask every member for its scores of the newest state, wait as for a round, and keep them in the run folder."""
+    refuse_private(run)
+    last = run.newest()
+    protocol = json.dumps(run.protocol.model_dump(mode="json"), sort_keys=True)
+    task = Task(last.round, protocol, 0, compress(pack(outgoing(run, last), {})), kind="evaluation")
+    asked = Asked(last.round, last.hash, {}, {})
+    for site, answer in ask(dict.fromkeys(run.members, task)):
+        try:
+            if isinstance(answer, Refusal):
+                asked.refused[site] = f"{answer.code}: {answer.text}"
+            else:
+                asked.scores[site] = SiteScores.from_bytes(inflate(answer, {}, "float32", "its scores"))
+        except UpdateError as error:
+            asked.refused[site] = f"invalid: {error}"
+    write_file(kept_at(run, last.round), asked.to_json().encode())
+    return asked
+
+
+def read_asked(run: RunFolder) -> Asked:
+    """Return what was last asked about the newest round."""
+    return Asked.from_json(kept_at(run, run.committed()[-1]).read_text())
+
+
+def kept_at(run: RunFolder, round: int) -> Path:
+    """Return where the answers of a round are kept."""
+    return run.path / "evaluations" / f"{round:05d}.json"
