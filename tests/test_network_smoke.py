@@ -195,7 +195,8 @@ def test_a_key_that_is_not_registered_is_refused(finished: Deployment) -> None:
 def test_each_side_says_what_happens_in_a_few_lines(finished: Deployment) -> None:
     rounds = [line for line in finished.said("coordinator").splitlines() if line.startswith("round ")]
     assert [line.partition(":")[0] for line in rounds] == ["round 1 of 2", "round 2 of 2"]
-    for line in ("is connected", "round 1", "round 2", "its answer is sent"):
+    over = "its answer is sent; the federation has no more rounds: wait, or stop it"
+    for line in ("is connected", "round 1", "its answer is sent", "round 2", over):
         assert f"site 'pisa': {line}" in finished.said("pisa").splitlines()
 
 

@@ -100,3 +100,11 @@ def test_what_was_signed_as_a_question_is_not_taken_for_a_task_nor_the_other_way
     assert records_to_task(records, "lyon", COORDINATOR.public_key(), kind).kind == kind
     with pytest.raises(PolicyRefusal, match="not signed by the coordinator"):
         records_to_task(records, "lyon", COORDINATOR.public_key(), other)
+
+
+def test_the_last_round_is_known_and_what_cannot_be_read_is_not_it() -> None:
+    protocol = json.dumps({"training": {"rounds": 3}})
+    asked = [task_to_records(dataclasses.replace(TASK, round=n, protocol=protocol), "lyon", None) for n in (2, 3)]
+    assert [wire.is_last_round(records) for records in asked] == [False, True]
+    assert not wire.is_last_round(RecordDict())
+    assert not wire.is_last_round(task_to_records(dataclasses.replace(TASK, protocol="[]"), "lyon", None))

@@ -71,6 +71,15 @@ def records_to_task(
         raise UpdateError("the coordinator's message holds no task; its release differs from this site's.") from error
 
 
+def is_last_round(records: RecordDict) -> bool:
+    """Return whether a message asks for the last round of its protocol; False where it does not say."""
+    try:
+        fields = records.config_records["task"]
+        return bool(fields["round"] == json.loads(str(fields["protocol"]))["training"]["rounds"])
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 def answer_to_records(
     answer: bytes | Refusal, site: str, round: str, key: EllipticCurvePrivateKey | None
 ) -> RecordDict:

@@ -91,6 +91,7 @@ def coordinate(
     ] = None,
 ) -> None:
     """Start the coordinator's server and run the federation's rounds with the sites that connect."""
+    from wardround.config import FederationConfig, read_toml
     from wardround.server.membership import read_membership
     from wardround.server.metrics import serving
     from wardround.server.superlink import coordinate
@@ -98,7 +99,11 @@ def coordinate(
     port = port or int(read_membership(kit).address.rpartition(":")[2])
     with serving(out, metrics):
         coordinate(config, kit, out, port, tracking or default_tracking(), host)
-    say_next(f"wardround evaluate {out} --data A_LABELLED_FOLDER")
+    name = read_toml(config, FederationConfig).name
+    say_next(
+        f"wardround evaluate {out} --data A_LABELLED_FOLDER",
+        f"wardround promote {name}@candidate --by YOU --why REASON",
+    )
 
 
 def status(

@@ -16,6 +16,7 @@ from wardround.config.site import SiteConfig, read_site
 from wardround.connection import SiteConnection, connected, polite_pause
 from wardround.processes import stopped_by_sigterm
 from wardround.registry.durable import write_file
+from wardround.wire import is_last_round
 
 _LOOK = 5.0  # seconds
 
@@ -60,7 +61,8 @@ def _answer_while_open(site: SiteConfig, path: Path, connection: SiteConnection)
         context = Context(message.metadata.run_id, connection.node, {"site-config": str(path)}, RecordDict(), {})
         reply = app(message, context)
         sent = connection.answer(reply, time.monotonic() - started)
-        print("answer sent" if sent else "answer not wanted any more", flush=True)
+        last_of = ", of the last round" if is_last_round(message.content) else ""
+        print(f"answer sent{last_of}" if sent else "answer not wanted any more", flush=True)
         last = time.monotonic()
 
 

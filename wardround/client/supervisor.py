@@ -31,6 +31,7 @@ _SAYINGS = (
     (r"^the coordinator is reached again", "reaches the coordinator again"),
     (r"^(this machine's clock is .*)", r"\1"),
     (r"^(round \d+)$", r"\1"),
+    (r"^answer sent, of the last round", "its answer is sent; the federation has no more rounds: wait, or stop it"),
     (r"^answer sent", "its answer is sent"),
     (r"^answer not wanted", "its answer came too late for this run; it is kept for the next"),
     (r"^site '[^']+'[,:]? (.*)", r"\1"),  # what our own ClientApp logs
