@@ -1,17 +1,17 @@
 """The command as a person meets it: wrong input is one line on stderr and exit 2."""
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from conftest import ROOT, TINY, merged, to_toml, write_labelled
+from warm import program
 
 from wardround import __version__
 
 
 def wardround(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "wardround.cli", *map(str, arguments)]
+    command = [str(program() / "wardround"), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 

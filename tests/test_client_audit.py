@@ -6,7 +6,6 @@ import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Iterable
 from contextlib import closing
 from hashlib import sha256
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
+from warm import program
 
 from wardround import simulate as simulation
 from wardround.client import app as client_app
@@ -97,7 +97,7 @@ def copied(finished: tuple[Path, Wire], tmp_path: Path) -> AuditLog:
 
 
 def wardround(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "wardround.cli", *map(str, arguments)]
+    command = [str(program() / "wardround"), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "160"})
 
 

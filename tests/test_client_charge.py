@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, tiny, to_toml
+from warm import program
 
 from wardround.client.charge import charge, ledger_of, recover
 from wardround.config import Protocol, SiteConfig, read_site
@@ -45,7 +46,7 @@ def task(round: int = 1, seen: str = "") -> Task:
 
 
 def wardround(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "wardround.cli", *map(str, arguments)]
+    command = [str(program() / "wardround"), *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "100"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_labelled
+from warm import program
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 KINDS = {"bash", "python", "toml", "text"}  # text: pictures and output, which nothing can run
@@ -64,12 +65,12 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) 
     shutil.copytree(ROOT / "federation_configs", tmp_path / "federation_configs")
     write_labelled(tmp_path / "images", {"lyon": 40, "oslo": 60}, size=32)
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment["PATH"] = os.pathsep.join((str(program()), str(Path(sys.executable).parent), environment["PATH"]))
     for language, code in blocks(page):
         if language == "toml":
             tomllib.loads(code)
         elif language in ("bash", "python") and "make " not in code:  # make has a test of its own, above
-            command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
+            command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else ["python", "-c", code]
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 

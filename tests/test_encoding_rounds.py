@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from conftest import KILLER, ROOT, TINY, begun, merged, tiny, to_toml
 from flwr.app import Message
 from honest_sites import DECLARED, SITES, Cut, Sites, final, ignore, make_run
+from warm import program
 
 from wardround import simulate as in_process
 from wardround.client.app import run_task
@@ -360,11 +360,11 @@ def test_killed_while_updates_of_the_second_round_arrive_it_ends_bit_equal(
     command += ["--tracking", store, "--threads", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
-        [sys.executable, "-c", KILLER, "wardround.server.spool.Spool.add", "4", *command],
+        [program() / "python", "-c", KILLER, "wardround.server.spool.Spool.add", "4", *command],
         cwd=ROOT, env=environment, capture_output=True,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    subprocess.run([sys.executable, "-m", "wardround.cli", *command], cwd=ROOT, env=environment, check=True)
+    subprocess.run([str(program() / "wardround"), *command], cwd=ROOT, env=environment, check=True)
     run = open_run(tmp_path / "run")
     assert final(run) == final(crossed.run)
     assert state_hash(run.checkpoint(3).server) == state_hash(crossed.run.checkpoint(3).server)

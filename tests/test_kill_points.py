@@ -7,11 +7,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, merged, to_toml, write_labelled
+from warm import program
 
 from wardround.server.run_folder import open_run
 from wardround.update import state_hash
@@ -111,11 +111,11 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # By a process of its own: a database that is open must not be forked.
     whole = ["simulate", folder / "tiny.toml", "--data", data, "--out", folder / "runs/whole", "--tracking", store]
-    command = [sys.executable, "-m", "wardround.cli", *map(str, whole), "--threads", "1"]
+    command = [str(program() / "wardround"), *map(str, whole), "--threads", "1"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     arguments = [folder / "tiny.toml", data, folder / "runs", store, json.dumps(POINTS)]
     done = subprocess.run(
-        [sys.executable, "-c", WALK, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True
+        [program() / "python", "-c", WALK, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True
     )
     assert done.returncode == 0, done.stderr.decode()
     return folder / "runs"

@@ -6,7 +6,6 @@ import socket
 import ssl
 import stat
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from conftest import KILLER, ROOT, TINY, merged, tiny, to_toml
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from warm import program
 
 from wardround.client.kit import check_kit
 from wardround.config import SiteConfig, read_site, read_toml
@@ -81,10 +81,10 @@ def test_a_kill_between_any_two_files_costs_nothing(calls: int, tmp_path: Path) 
     config = tmp_path / "tiny.toml"
     config.write_text(to_toml(merged(TINY, {"membership": {"sites": {"lyon": 1.0, "oslo": 1.0}}})))
     command = ["provision", str(config), "--out", str(tmp_path / "kits")]
-    killed = [sys.executable, "-c", KILLER, "pathlib.Path.replace", str(calls), *command]
+    killed = [program() / "python", "-c", KILLER, "pathlib.Path.replace", str(calls), *command]
     assert subprocess.run(killed, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
     left = {name: block for name, block in contents(tmp_path).items() if "/." not in name}
-    subprocess.run([sys.executable, "-m", "wardround.cli", *command], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([str(program() / "wardround"), *command], cwd=ROOT, check=True, capture_output=True)
     after = contents(tmp_path)
     changed = {name for name, block in left.items() if after[name] != block}
     assert changed <= {"kits/coordinator/membership.json", "kits/coordinator/federation.json"}

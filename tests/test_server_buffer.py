@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from flwr.app import Message
 from honest_sites import DECLARED, SITES, Cut, Sites, final, ignore, make_run
 from test_kill_points import WALK
 from test_network_smoke import CHANGES, deployment
+from warm import program
 
 import wardround.simulate
 from wardround.config import FederationConfig, read_toml
@@ -441,11 +441,11 @@ def walked(three: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tiny.toml").write_text(to_toml(merged(TINY, changes)))
     store, environment = f"sqlite:///{folder / 'mlflow.db'}", os.environ | {"OMP_NUM_THREADS": "1"}
     whole = ["simulate", folder / "tiny.toml", "--data", three, "--out", folder / "runs/whole", "--tracking", store]
-    command = [sys.executable, "-m", "wardround.cli", *map(str, whole), "--threads", "1"]
+    command = [str(program() / "wardround"), *map(str, whole), "--threads", "1"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     arguments = [folder / "tiny.toml", three, folder / "runs", store, json.dumps(POINTS)]
     done = subprocess.run(
-        [sys.executable, "-c", WALK, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True
+        [program() / "python", "-c", WALK, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True
     )
     assert done.returncode == 0, done.stderr.decode()
     return folder / "runs"

@@ -19,6 +19,7 @@ from flwr.app import Message
 from honest_sites import SITES, Cut, Sites, ignore, make_run
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
+from warm import program
 
 import wardround.simulate
 from wardround.errors import CheckpointError, ConfigError
@@ -215,7 +216,7 @@ def test_a_site_was_seen_before_the_process_began_anew(tmp_path: Path) -> None:
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, "-m", "wardround.cli", *map(str, arguments)]
+    call = [str(program() / "wardround"), *map(str, arguments)]
     return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 

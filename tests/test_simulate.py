@@ -3,13 +3,13 @@
 import json
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import KILLER, ROOT, TINY, merged, tiny, to_toml
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from warm import program
 
 from wardround import simulate as in_process
 from wardround.errors import DataError
@@ -67,7 +67,7 @@ def command(data: Path, store: str, tmp_path: Path) -> list[str]:
 
 
 def wardround(command: list[str]) -> None:
-    subprocess.run([sys.executable, "-m", "wardround.cli", *command], cwd=ROOT, check=True)
+    subprocess.run([str(program() / "wardround"), *command], cwd=ROOT, check=True)
 
 
 def test_killed_while_mlflows_database_is_made_it_goes_on(
@@ -75,7 +75,9 @@ def test_killed_while_mlflows_database_is_made_it_goes_on(
 ) -> None:
     """Where it is killed otherwise, tests/test_kill_points.py walks through; this database is made once for those."""
     command[command.index(store)] = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    killed = subprocess.run([sys.executable, "-c", KILLER, "os.link", "1", *command], cwd=ROOT, capture_output=True)
+    killed = subprocess.run(
+        [program() / "python", "-c", KILLER, "os.link", "1", *command], cwd=ROOT, capture_output=True
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     wardround(command)
     run = open_run(tmp_path / "run")
@@ -88,7 +90,7 @@ def test_ctrl_c_says_how_to_go_on_and_loses_nothing(whole: RunFolder, command: l
     interrupt = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + KILLER
     interrupt = interrupt.replace("signal.SIGKILL", "signal.SIGINT")
     stopped = subprocess.run(
-        [sys.executable, "-c", interrupt, "wardround.server.rounds.fold", "2", *command],
+        [program() / "python", "-c", interrupt, "wardround.server.rounds.fold", "2", *command],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert stopped.returncode == 130
@@ -122,7 +124,7 @@ def test_a_disk_that_is_full_stops_in_one_line_and_goes_on_when_mended(
     """A file-size limit stands in for the full disk: the kernel refuses the write in the same way."""
     limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); from wardround.cli import main; main()"
-    full = subprocess.run([sys.executable, "-c", limit, *command], cwd=ROOT, capture_output=True, text=True)
+    full = subprocess.run([program() / "python", "-c", limit, *command], cwd=ROOT, capture_output=True, text=True)
     assert full.returncode == 2
     last = full.stderr.splitlines()[-1]
     assert last.startswith("error: ") and "cannot be written: File too large. Nothing committed is lost;" in last

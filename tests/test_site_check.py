@@ -4,7 +4,6 @@ import contextlib
 import json
 import ssl
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -20,6 +19,7 @@ from cryptography.x509 import load_pem_x509_certificate
 from data_objects import some_pixels, write_dicom
 from PIL import Image, ImageDraw, ImageFont
 from typer.testing import CliRunner
+from warm import program
 
 from wardround.cli import cli
 from wardround.client import check as checks
@@ -134,7 +134,7 @@ def test_the_command_ends_with_0_3_and_2_by_the_gravest_finding(kits: Path) -> N
         assert warned.exit_code == 3 and "│ warning │" in warned.stdout
         assert "unreadable: mend or remove them" in warned.stdout and "lyon: cut.dcm: cut off: " in warned.stdout
     (kits / "lyon/README.md").write_text("run this")
-    command = [sys.executable, "-m", "wardround.cli", *arguments(kits, "--json")]
+    command = [str(program() / "wardround"), *arguments(kits, "--json")]
     spoilt = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert spoilt.returncode == 2 and json.loads(spoilt.stdout)["severity"] == "problem"
     assert spoilt.stderr == "error: 1 problem at this site: kit; see above.\n"
