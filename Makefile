@@ -7,6 +7,8 @@ COMPOSE := docker/compose.coordinator.yaml wardround/provision/templates/compose
 PROFILES := --profile cpu --profile gpu --profile sqlite --profile postgresql
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' wardround/__init__.py)
 ENGINE ?= $(notdir $(firstword $(shell command -v podman docker)))
+# A thread a worker: two workers with two each spin while they wait for a core (benchmarks/LOG.md).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARCHIVE = wardround-site-$(VERSION).tar.gz
 
 .PHONY: demo test test-fast lint docs matrix audit images containers image-archive setup lock clean
@@ -16,10 +18,10 @@ demo: setup
 	@echo '  first, in this shell: export PATH="$(CURDIR)/$(BIN):$$PATH"'
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 test-fast: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
