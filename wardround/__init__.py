@@ -13,9 +13,13 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 def __getattr__(name: str) -> Any:
-    """Give `wardround.load_backbone`, imported when it is asked for: torch and timm take seconds."""
+    """Give `load_backbone` and `load_segmenter`, imported when they are asked for: torch and timm take seconds."""
     if name == "load_backbone":
         from wardround.downstream.load import load_backbone
 
         return load_backbone
+    if name == "load_segmenter":
+        from wardround.downstream.monai_encoders import load_segmenter
+
+        return load_segmenter
     raise AttributeError(f"module 'wardround' has no attribute '{name}'")

@@ -6,7 +6,7 @@ from wardround.backbones.build import build
 from wardround.backbones.families import FAMILIES, Family, family_of
 from wardround.backbones.normalisation import batch_normalised
 from wardround.backbones.onednn import fast_linear, product
-from wardround.backbones.release import released_model, save_release
+from wardround.backbones.release import network_of, released_model, save_release
 from wardround.backbones.vit import Token, ViT, initialise, resampled, sincos_positions, transformer
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "fast_linear",
     "initialise",
     "load_into",
+    "network_of",
     "product",
     "released_model",
     "reloaded",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from wardround.backbones.recalibrate import recalibrate
 from wardround.backbones.stock import stock_arguments
 from wardround.backbones.timm_net import TimmNet
 from wardround.backbones.vit import timm_arguments, timm_state
-from wardround.config.federation import Recipe
+from wardround.config.federation import BackboneConfig, DataConfig, Recipe
+from wardround.config.strict import parse
 from wardround.update import State
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -111,6 +113,15 @@ def model_arguments(recipe: Recipe) -> dict[str, Any] | None:
     if family is FAMILIES["vit"]:
         return timm_arguments(recipe.backbone, recipe.data)
     return stock_arguments(recipe.backbone, recipe.data) if family in FAMILIES.values() else None
+
+
+def network_of(backbone: Mapping[str, Any], data: Mapping[str, Any]) -> nn.Module:
+    """Return the network, untrained, that the weights of a release fit, from sections of its protocol as JSON has them.
+
+    Raises ConfigError for what no network can be.
+    """
+    own = parse(dict(backbone), BackboneConfig, "[backbone]")
+    return module_of(build(own, parse(dict(data), DataConfig, "[data]")))
 
 
 def module_of(backbone: Backbone) -> nn.Module:

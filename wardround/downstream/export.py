@@ -38,7 +38,7 @@ class Exported:
     """One file, measured against torch in float32 on the same images."""
 
     format: str
-    file: str
+    file: str  # relative to the folder
     weights: str  # SHA-256 of the release's
     megabytes: float
     torch_megabytes: float  # of the release's weights
@@ -48,6 +48,15 @@ class Exported:
     least_cosine: float  # between an image's features here and there
     milliseconds: float  # an image on one thread, in batches of 16
     torch_milliseconds: float
+
+
+@dataclass(frozen=True)
+class Release:
+    """What is exported."""
+
+    folder: Path
+    recipe: Protocol
+    model: "FromPixels"  # its backbone, behind the declared normalisation
 
 
 class FromPixels(nn.Module):
@@ -101,9 +110,9 @@ def export(
             for path in folder.iterdir():
                 if path.name in _BESIDE:
                     shutil.copy(path, aside)
-            name = f"model{FORMATS[format][0]}"
+            name, writer = FORMATS[format]
             try:
-                runner = FORMATS[format][1](model, aside / name, images)
+                runner = writer(Release(folder, recipe, model), aside / name, images)
             except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise ConfigError(
@@ -173,17 +182,34 @@ def _in_torch(model: nn.Module) -> Runner:
     return run
 
 
-def _pt2(model: nn.Module, path: Path, images: Floats) -> Runner:
+def _onnx(release: Release, path: Path, images: Floats) -> Runner:
+    return onnx_graph.write(release.model, path, images)
+
+
+def _onnx_int8(release: Release, path: Path, images: Floats) -> Runner:
+    return onnx_graph.write_int8(release.model, path, images)
+
+
+def _monai(release: Release, path: Path, images: Floats) -> Runner:
+    """Write a bundle, whose weights are the file; the normalisation is a transform of its own."""
+    from wardround.downstream import monai_bundle  # MONAI takes seconds to import
+
+    return monai_bundle.write(release.folder, release.recipe, release.model.backbone, path)
+
+
+def _pt2(release: Release, path: Path, images: Floats) -> Runner:
     """Write the program of torch.export, which torch alone loads."""
+    model = release.model
     batch = {"images": {0: torch.export.Dim("batch")}}
     program = torch.export.export(model, (torch.from_numpy(images[:2]),), dynamic_shapes=batch)
     torch.export.save(program, path)
     return _in_torch(torch.export.load(path).module())
 
 
-Writer = Callable[[nn.Module, Path, Floats], Runner]
-FORMATS: dict[str, tuple[str, Writer]] = {
-    "onnx": (".onnx", onnx_graph.write),
-    "onnx-int8": (".onnx", onnx_graph.write_int8),
-    "pt2": (".pt2", _pt2),
+Writer = Callable[[Release, Path, Floats], Runner]
+FORMATS: dict[str, tuple[str, Writer]] = {  # the file that holds the weights, and what writes it
+    "onnx": ("model.onnx", _onnx),
+    "onnx-int8": ("model.onnx", _onnx_int8),
+    "pt2": ("model.pt2", _pt2),
+    "monai": ("models/model.pt", _monai),
 }
