@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import norm, t
 from sklearn.metrics import roc_auc_score
 
-from wardround.probe.interval import interval, summary, weighted_scores
+from wardround.probe.interval import interval, interval_of_mean, summary, weighted_scores
 from wardround.probe.scores import Scores, score
 
 RNG = np.random.default_rng(0)
@@ -72,3 +72,20 @@ def test_the_true_auc_lies_in_the_interval_about_nineteen_times_of_twenty() -> N
 
 def test_one_patient_gives_no_interval() -> None:
     assert interval(LABELS, [ANSWERS], np.zeros(60, np.int64)) is None
+
+
+def test_the_interval_of_a_mean_is_students_where_only_draws_differ() -> None:
+    """Three draws of 0.2, 0.4 and 0.6 on every image: mean 0.4, deviation 0.2, t = 4.3027 with 2 degrees of freedom."""
+    values = np.repeat([[0.2], [0.4], [0.6]], 30, axis=1)
+    low, high = interval_of_mean(values, np.arange(30)) or (0.0, 0.0)
+    half = 4.30265 * 0.2 / 3**0.5
+    assert (low, high) == (pytest.approx(0.4 - half, abs=1e-5), pytest.approx(0.4 + half, abs=1e-5))
+
+
+def test_the_interval_of_a_mean_counts_patients_and_not_images() -> None:
+    rng = np.random.default_rng(0)
+    of_patient = rng.normal(size=200)
+    values, patients = np.repeat(of_patient, 4)[None], np.repeat(np.arange(200), 4)
+    low, high = interval_of_mean(values, patients) or (0.0, 0.0)
+    assert (high - low) / 2 == pytest.approx(1.972 * of_patient.std(ddof=1) / 200**0.5, rel=0.15)
+    assert interval_of_mean(values, np.zeros(800, np.int64)) is None

@@ -57,14 +57,11 @@ def read_labelled(
     labels = np.zeros((len(rows), len(classes)), np.int64)
     for line, found in zip(labels, sets, strict=True):
         line[[places[name] for name in found]] = 1
-    numbers: dict[str, int] = {}
-    # Without a patient, a file is a patient of its own; no patient's name holds a NUL.
-    patients = [numbers.setdefault(row.patient or f"\0{row.file}", len(numbers)) for row in rows]
     return LabelledImages(
-        images=_read_images(folder, rows, data),
+        images=read_images(folder, rows, data),
         labels=labels if multi_label else labels.argmax(axis=1),
         classes=classes,
-        patients=np.array(patients, np.int64),
+        patients=patient_numbers(rows),
         sites=np.array([row.site for row in rows]),
         splits=np.array([row.split for row in rows]),
         groups={name: np.array([cells[name].strip() or "(empty)" for cells in table]) for name in by},
@@ -88,6 +85,12 @@ def select_site(images: LabelledImages, site: str | None) -> LabelledImages:
     return LabelledImages(**parts, classes=classes, groups=groups)
 
 
+def patient_numbers(rows: Sequence[Row]) -> NDArray[np.int64]:
+    """Return a number for each row's patient, [N], by first appearance; without one, a file is a patient of its own."""
+    numbers: dict[str, int] = {}  # no patient's name holds a NUL
+    return np.array([numbers.setdefault(row.patient or f"\0{row.file}", len(numbers)) for row in rows], np.int64)
+
+
 def labelled_sites(folder: Path) -> list[str]:
     """Return the distinct values of the column `site` of labels.csv, sorted."""
     return sorted({cells["site"].strip() for cells in read_table(folder, ("site",))})
@@ -102,7 +105,7 @@ def channel_constants(folder: Path, data: DataConfig) -> tuple[tuple[float, ...]
     rows = [row for row in read_rows(folder) if row.split == "train"]
     if not rows:
         raise DataError(f"{folder.name}/labels.csv: no row has split train, over which the constants are taken.")
-    pixels = _read_images(folder, rows, data)
+    pixels = read_images(folder, rows, data)
     # From the 256 counts of each channel: exact, and without a float copy of all pixels.
     counts = [np.bincount(pixels[:, channel].reshape(-1), minlength=256) for channel in range(data.channels)]
     levels = np.arange(256) / 255
@@ -113,7 +116,7 @@ def channel_constants(folder: Path, data: DataConfig) -> tuple[tuple[float, ...]
     return tuple(means), tuple(square**0.5 for square in squares)
 
 
-def _read_images(folder: Path, rows: list[Row], data: DataConfig) -> NDArray[np.uint8]:
+def read_images(folder: Path, rows: list[Row], data: DataConfig) -> NDArray[np.uint8]:
     """Return the images of these rows."""
     images = np.empty((len(rows), *data.shape), np.uint8)
     with quiet():

@@ -55,7 +55,7 @@ def read_rows(folder: Path, label: str | None = None, *, multi_label: bool = Fal
     for line, cells in enumerate(table, start=2):
         where = f"{folder.name}/labels.csv, row {line}"
         name = cells["file"] or ""
-        path = _path_in(folder, name, where)
+        path = path_in(folder, name, where)
         if not inside(path.parent):
             raise DataError(f"{where}: '{name}' lies behind a link to another folder; copy or mount that inside.")
         if name in seen:
@@ -101,7 +101,7 @@ def _check_one(cell: str, label: str, where: str) -> None:
         )
 
 
-def _path_in(folder: Path, name: str, where: str) -> Path:
+def path_in(folder: Path, name: str, where: str) -> Path:
     """Return where a file lies. Raises DataError where its name leads out of the folder, or to no file."""
     pure = PurePosixPath(name)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:

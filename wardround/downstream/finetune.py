@@ -93,18 +93,18 @@ def tune(
     not finite. Takes memory for AdamW's two moments and `batch_size` images' activations.
     """
     images = labels.images
-    with _seeded(seed, network.device):
+    with seeded(seed, network.device):
         backbone = network.build(images.images[labels.train])
         torch.manual_seed(seed)  # building may draw or not: arms with the same seed get the same head and dropout
         model, optimiser = _start(backbone, network, way, labels, tuning)
         pixels = torch.from_numpy(images.images[labels.train]).to(network.device)
         truth = torch.from_numpy(images.labels[labels.train]).to(network.device)
         steps = steps_of(tuning, len(pixels), tuning.batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_share_of_rate, steps=steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(share_of_rate, steps=steps))
         marks = {round(steps * part / tuning.checks) for part in range(1, tuning.checks + 1)}
         best, kept = -1.0, model.state_dict()
         for step in range(steps):
-            rows = _rows(len(pixels), tuning.batch_size, step, seed).to(network.device)
+            rows = rows_of_step(len(pixels), tuning.batch_size, step, seed).to(network.device)
             _descend(model, optimiser, _batch(pixels[rows], network, (seed, step)), truth[rows], network.autocast)
             schedule.step()
             advance(1)
@@ -132,7 +132,7 @@ def answers(
     """
     squash = torch.sigmoid if images.multi_label else partial(torch.softmax, dim=1)
     found = torch.from_numpy(network.of(model.backbone, images.images[places], batch_size)).to(network.device)
-    with torch.inference_mode(), _seeded(seed, network.device):
+    with torch.inference_mode(), seeded(seed, network.device):
         sure = squash(model.head.eval()(found).double())
         model.head.train()
         passes = [squash(model.head(found).double()) for _ in range(PASSES)]
@@ -148,7 +148,7 @@ def stages(encoder: Any) -> list[list[str]]:
 
 
 @contextmanager
-def _seeded(seed: int, device: str) -> Iterator[None]:
+def seeded(seed: int, device: str) -> Iterator[None]:
     """Draw from this seed inside; the caller's own draws go on as if nothing was drawn."""
     with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
         torch.manual_seed(seed)
@@ -189,12 +189,12 @@ def _start(
     return model, torch.optim.AdamW(parameters)
 
 
-def _share_of_rate(step: int, steps: int) -> float:
+def share_of_rate(step: int, steps: int) -> float:
     """Return the share of its peak that the rate has at a step: a tenth of them warm-up, then a cosine to zero."""
     return min(1.0, (step + 1) / max(1, steps // 10)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def _rows(count: int, batch_size: int, step: int, seed: int) -> Tensor:
+def rows_of_step(count: int, batch_size: int, step: int, seed: int) -> Tensor:
     """Return the images of a step: epochs one after the other, each in an order of its own; the last rows wait."""
     size = min(batch_size, count)
     a_pass = count // size

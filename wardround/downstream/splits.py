@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from wardround.data import LabelledImages
+from wardround.data import LabelledImages, MaskedImages
 from wardround.errors import DataError
 from wardround.probe.fractions import draw_fraction
 from wardround.probe.scores import can_tell
@@ -31,38 +31,68 @@ def split(images: LabelledImages, seed: int = 0, force: bool = False) -> Splits:
     Raises DataError for a patient in two splits, unless forced, which the notes then say; and for a class
     that is missing from a split, or that all its images have.
     """
-    places = {name: np.flatnonzero(images.splits == name) for name in SPLITS}
+    places, notes = _places(images.splits, images.patients, force)
+    if not can_tell(images.labels):
+        only = "all images have the same" if images.multi_label else f"all labels are '{images.classes[0]}'"
+        raise DataError(f"evaluation set: {only}; a probe needs two classes at least.")
+    if not len(places["val"]):
+        _check_classes(images, "train", places["train"])
+        notes.append(_take_val(images.labels, images.patients, places, seed))
+    for name, found in places.items():
+        _check_classes(images, name, found)
+    return Splits(**places, notes=tuple(notes))
+
+
+def split_masked(images: MaskedImages, seed: int = 0, force: bool = False) -> Splits:
+    """Return the splits of images with masks, as `split` does.
+
+    Raises DataError for a split that is missing, or whose masks are all empty, and for a patient in two splits.
+    """
+    places, notes = _places(images.splits, images.patients, force)
+    for name in ("train", "test"):
+        if not len(found := places[name]):
+            known = ", ".join(sorted(set(images.splits.tolist())))
+            raise DataError(f"evaluation set: no row of labels.csv has split {name}; its splits are {known}.")
+        if not images.masks[found].any():
+            raise DataError(f"evaluation set: all {len(found)} masks of split {name} are empty; nothing can be told.")
+    if not len(places["val"]):
+        notes.append(_take_val(np.zeros(len(images.images), np.int64), images.patients, places, seed))
+    return Splits(**places, notes=tuple(notes))
+
+
+Places = dict[str, NDArray[np.int64]]
+
+
+def _places(splits: NDArray[np.str_], patients: NDArray[np.int64], force: bool) -> tuple[Places, list[str]]:
+    """Return the images of each split, and what a reader must know of them."""
+    places = {name: np.flatnonzero(splits == name) for name in SPLITS}
     notes = []
-    if others := len(images.splits) - sum(len(found) for found in places.values()):
+    if others := len(splits) - sum(len(found) for found in places.values()):
         notes.append(f"{others} images of other splits than train, val and test are left out")
-    if shared := _shared_patients(images, places):
+    if shared := _shared_patients(patients, places):
         if not force:
             raise DataError(
                 f"evaluation set: {shared}. The score would measure who is recognised; split by patient, or say "
                 "--force-splits."
             )
         notes.append(f"FORCED: {shared}, so the scores measure in part who is recognised")
-    if not can_tell(images.labels):
-        only = "all images have the same" if images.multi_label else f"all labels are '{images.classes[0]}'"
-        raise DataError(f"evaluation set: {only}; a probe needs two classes at least.")
-    if not len(places["val"]):
-        train = places["train"]
-        _check_classes(images, "train", train)
-        rng = np.random.default_rng([seed, 0])
-        drawn = draw_fraction(images.labels[train], images.patients[train], VAL_SHARE, rng)
-        places["val"], places["train"] = train[drawn], np.delete(train, drawn)
-        patients = len(np.unique(images.patients[places["val"]]))
-        notes.append(f"no split val: {len(drawn)} images of {patients} patients of train serve as it")
-    for name, found in places.items():
-        _check_classes(images, name, found)
-    return Splits(**places, notes=tuple(notes))
+    return places, notes
 
 
-def _shared_patients(images: LabelledImages, places: dict[str, NDArray[np.int64]]) -> str:
+def _take_val(labels: NDArray[np.int64], patients: NDArray[np.int64], places: Places, seed: int) -> str:
+    """Move a fifth of train to val, by patient, and return that in words."""
+    train = places["train"]
+    drawn = draw_fraction(labels[train], patients[train], VAL_SHARE, np.random.default_rng([seed, 0]))
+    places["val"], places["train"] = train[drawn], np.delete(train, drawn)
+    count = len(np.unique(patients[places["val"]]))
+    return f"no split val: {len(drawn)} images of {count} patients of train serve as it"
+
+
+def _shared_patients(patients: NDArray[np.int64], places: Places) -> str:
     """Return how many patients are in more than one split, in words; nothing where none is."""
     where: dict[int, list[str]] = {}
     for name, found in places.items():
-        for patient in np.unique(images.patients[found]):
+        for patient in np.unique(patients[found]):
             where.setdefault(int(patient), []).append(name)
     shared = Counter(" and ".join(names) for names in where.values() if len(names) > 1)
     if not shared:

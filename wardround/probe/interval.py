@@ -32,14 +32,27 @@ def interval(
     if tested is None:
         return None
     values = np.array([_numbers(score(labels, one)) for one in answers])  # [draws, 3]
-    draws = len(values)
-    drawn = values.var(axis=0, ddof=1) / draws if draws > 1 else np.zeros(3)
-    total = drawn + tested
-    with np.errstate(invalid="ignore", divide="ignore"):
-        freedom = total**2 / (drawn**2 / max(draws - 1, 1) + tested**2 / (count - 1))
-    half = np.where(total > 0, t.ppf(0.975, np.where(total > 0, freedom, 1.0)) * np.sqrt(total), 0.0)
-    mean = values.mean(axis=0)
+    half, mean = _half_width(values, tested, count), values.mean(axis=0)
     return _scores(np.clip(mean - half, 0, 1)), _scores(np.clip(mean + half, 0, 1))
+
+
+def interval_of_mean(
+    values: NDArray[np.float64], patients: NDArray[np.int64], seed: int = 0
+) -> tuple[float, float] | None:
+    """Return the ends of the 95 % interval of the mean of one number a test image and draw: [draws, N].
+
+    As `interval` has it, but not cut: a difference of two arms, image by image, may be below 0.
+    None where there are fewer than two patients.
+    """
+    if (count := len(np.unique(patients))) < 2:
+        return None
+    weights, means = _resampled(patients, seed), values.mean(axis=1)
+    away = []
+    for place, one in enumerate(values):
+        own = weights[place :: len(values)]
+        away.append(own @ one / own.sum(axis=1) - means[place])
+    half = _half_width(means[:, None], np.concatenate(away).var(ddof=1, keepdims=True), count)[0]
+    return float(means.mean() - half), float(means.mean() + half)
 
 
 def summary(scores: Sequence[Scores]) -> tuple[Scores, Scores | None]:
@@ -90,16 +103,31 @@ def _over_patients(
 
     The draws take turns, each against its own score, so that only the patients' chance is in it.
     """
-    _, of_image = np.unique(patients, return_inverse=True)
-    count = int(of_image.max()) + 1
-    rng = np.random.default_rng([seed, 2])
-    weights = rng.multinomial(count, np.full(count, 1 / count), REPLICATES)[:, of_image].astype(float)  # [B, N]
+    weights = _resampled(patients, seed)
     away = []
     for place, one in enumerate(answers):
         found = weighted_scores(labels, one, weights[place :: len(answers)])
         away.append(found[~np.isnan(found[:, 1])] - _numbers(score(labels, one)))
     together = np.concatenate(away)
     return together.var(axis=0, ddof=1) if len(together) > 1 else None
+
+
+def _resampled(patients: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """Return how often each image is there when patients are drawn with replacement: [N] -> [B, N]."""
+    _, of_image = np.unique(patients, return_inverse=True)
+    count = int(of_image.max()) + 1
+    rng = np.random.default_rng([seed, 2])
+    return rng.multinomial(count, np.full(count, 1 / count), REPLICATES)[:, of_image].astype(float)
+
+
+def _half_width(values: NDArray[np.float64], tested: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """Return half the interval of each mean: [draws, K] and the variances [K] that the patients, so many, give."""
+    draws = len(values)
+    drawn = values.var(axis=0, ddof=1) / draws if draws > 1 else np.zeros(values.shape[1])
+    total = drawn + tested
+    with np.errstate(invalid="ignore", divide="ignore"):
+        freedom = total**2 / (drawn**2 / max(draws - 1, 1) + tested**2 / (count - 1))
+    return np.asarray(np.where(total > 0, t.ppf(0.975, np.where(total > 0, freedom, 1.0)) * np.sqrt(total), 0.0))
 
 
 def _numbers(found: Scores) -> NDArray[np.float64]:
