@@ -181,10 +181,12 @@ def test_a_release_without_a_protocol_says_what_it_lacks(folder: Path) -> None:
 
 def test_a_labelled_folder_is_evaluated_from_a_release_folder(folder: Path, tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data", {"lyon": 60, "oslo": 60})
-    found = evaluate_backbone(Request(str(folder), data, draws=2))
+    found = evaluate_backbone(Request(str(folder), data, draws=2, pictures=tmp_path / "pictures"))
     assert [row.arm for row in found.rows[::6]] == ["backbone", "random", "raw pixels"]
     assert all(0.0 <= row.mean.auc <= 1.0 for row in found.rows)
     assert found.weights == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert {"explanation.png", "reliability.png"} < drawn and not any("explanation" in note for note in found.notes)
 
 
 def test_other_backbones_stand_in_the_same_table_by_their_names(folder: Path, tmp_path: Path) -> None:

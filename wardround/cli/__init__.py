@@ -30,6 +30,7 @@ for command in (
     backbone.promote,
     backbone.rollback,
     backbone.evaluate,
+    backbone.segment,
     backbone.export,
 ):
     cli.command()(command)

@@ -107,7 +107,7 @@ def rollback(
 
 def export(
     source: Source,
-    format: Annotated[str, typer.Option(help="onnx, onnx-int8 or pt2 (torch.export).")],
+    format: Annotated[str, typer.Option(help="onnx, onnx-int8, pt2 (torch.export) or monai (a bundle).")],
     to: Annotated[Path, typer.Option(help="The folder to write.")],
     data: Annotated[
         Path | None,
@@ -122,7 +122,11 @@ def export(
 
     found = write(source, format, to, data, tracking or default_tracking(), trust)
     Console().print(exported_table(asdict(found)))
-    typer.echo(f"{to / found.file} takes images in [0, 1], [B, C, S, S] float32, and gives features [B, D].")
+    if format == "monai":
+        where = f'"{to.name}", bundle_dir="{to.parent}", workflow_type="inference"'
+        say_next(f"python -c 'import monai.bundle; monai.bundle.load({where})'")
+    else:
+        typer.echo(f"{to / found.file} takes images in [0, 1], [B, C, S, S] float32, and gives features [B, D].")
 
 
 def evaluate(
@@ -168,7 +172,10 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
     pictures: Annotated[
-        Path | None, typer.Option(help="Also draw calibration, confusion and nearest images into this folder, as PNG.")
+        Path | None,
+        typer.Option(
+            help="Also draw calibration, confusion, nearest images and explanations into this folder, as PNG."
+        ),
     ] = None,
     tracking: Tracking = None,
 ) -> None:
@@ -203,6 +210,53 @@ def evaluate(
         console.print(table)
     if out is not None:
         out.write_text(evaluation.to_json())
+
+
+def segment(
+    source: Source,
+    data: Annotated[Path, typer.Option(help="A labelled folder whose column `mask` names a mask for each image.")],
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="flexible_unet (convolutional backbones); unetr, the default, or transunet (ViTs)."),
+    ] = None,
+    fraction: Annotated[
+        list[float] | None,
+        typer.Option(help="A share of the training images to train on; default: 0.1 and 1. May be repeated."),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Draws of images and of new weights.", min=1, max=50)] = 3,
+    steps: Annotated[int, typer.Option(help="Steps that each network is trained for.", min=1)] = 300,
+    force_splits: Annotated[
+        bool, typer.Option("--force-splits", help="Measure though patients are in two splits; the result says so.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Also draw images, masks and answers into this folder, as segmentation.png.")
+    ] = None,
+    tracking: Tracking = None,
+) -> None:
+    """Train a segmentation network on a backbone and on its random initialisation, and compare their Dice."""
+    from wardround.downstream.segment import Request
+    from wardround.downstream.segment import segment as measure
+    from wardround.downstream.train_segmenter import Training
+    from wardround.report.segmented import segmented_table
+
+    request = Request(
+        source=source,
+        data=data,
+        decoder=decoder,
+        fractions=tuple(fraction or (0.1, 1.0)),
+        draws=draws,
+        training=Training(steps=steps),
+        force_splits=force_splits,
+        device=device,
+        pictures=pictures,
+        tracking=tracking or default_tracking(),
+    )
+    found = measure(request)
+    Console().print(segmented_table(found))
+    if out is not None:
+        out.write_text(found.to_json())
 
 
 def _ask_sites(folder: Path, kit: Path | None, host: str, out: Path | None) -> None:

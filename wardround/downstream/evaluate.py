@@ -11,6 +11,7 @@ from tqdm import tqdm
 from wardround.data import LabelledImages, read_labelled
 from wardround.downstream.answers import Design, answer, draw_labels, steps
 from wardround.downstream.arms import Arm, Network, check_shape, imagenet_arm, protocol_of, release_arm, three_arms
+from wardround.downstream.explain import explain
 from wardround.downstream.finetune import Tuning
 from wardround.downstream.load import release_folder
 from wardround.downstream.results import result
@@ -19,6 +20,7 @@ from wardround.errors import ConfigError
 from wardround.probe.evaluation import PROBES, Evaluation, Row
 from wardround.registry.release import WEIGHTS, file_hashes
 from wardround.registry.versions import versions
+from wardround.report.explanation import draw_explanation
 from wardround.report.measured import draw_all
 
 __all__ = ["FRACTIONS", "PROBES", "Evaluation", "Request", "Row", "compare", "evaluate", "evaluate_backbone"]
@@ -117,6 +119,12 @@ def evaluate_backbone(request: Request) -> Evaluation:
         found = replace(found, weights=file_hashes(folder)[WEIGHTS])
     if request.pictures is not None:
         draw_all(found, images, request.pictures)
+        backbone = arms["backbone"]
+        assert isinstance(backbone, Network)
+        explained = explain(backbone, images, split(images, request.seed, request.force_splits))
+        if isinstance(explained, str):
+            return replace(found, notes=(*found.notes, explained))
+        draw_explanation(explained, images, request.pictures / "explanation.png")
     return found
 
 
