@@ -59,7 +59,7 @@ def run_demo(out: Path, tracking: str, console: Console) -> None:
         )
         sys.exit(1)
     console.print(
-        f"\nNext:\n  mlflow ui --backend-store-uri {tracking}\n  wardround models\n"
+        f"\nNext:\n  wardround report {out}\n  mlflow ui --backend-store-uri {tracking}\n  wardround models\n"
         "  wardround check federation_configs/smoke.toml\n"
         "  wardround simulate federation_configs/smoke.toml --data A_LABELLED_FOLDER --out runs/smoke",
         highlight=False,

@@ -23,6 +23,7 @@ for command in (
     federation.simulate,
     federation.coordinate,
     federation.status,
+    federation.report,
     federation.constants,
     backbone.models,
     backbone.pull,

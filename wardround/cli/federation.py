@@ -52,7 +52,7 @@ def simulate(
     run = simulate(federation, data, out, tracking or default_tracking(), threads)
     console.print(rounds_table([run.record(n) for n in run.committed()[1:]]))
     measured = [f"wardround evaluate {out} --data {data}"] if (data / "labels.csv").exists() else []
-    say_next(*measured, f"wardround pull {federation.name}@candidate --to backbone")
+    say_next(*measured, f"wardround report {out}", f"wardround pull {federation.name}@candidate --to backbone")
 
 
 def demo(out: Out = Path("runs/demo"), tracking: Tracking = None) -> None:
@@ -101,6 +101,7 @@ def coordinate(
         coordinate(config, kit, out, port, tracking or default_tracking(), host)
     name = read_toml(config, FederationConfig).name
     say_next(
+        f"wardround report {out}",
         f"wardround evaluate {out} --data A_LABELLED_FOLDER",
         f"wardround promote {name}@candidate --by YOU --why REASON",
     )
@@ -119,3 +120,19 @@ def status(
         typer.echo(to_json(watch.look()))
     else:
         show(watch.look, Console())
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder: the --out of `coordinate` or `simulate`.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write; default: report.html in the run folder.")] = None,
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(help="What `wardround evaluate --out` wrote of the run's release. May be repeated."),
+    ] = None,
+) -> None:
+    """Write one HTML page with pictures of a federation: what it learned, spent and cost, and what joining brought."""
+    from wardround.server.report import write_report
+
+    page, kept = write_report(run, out, scores or ())
+    typer.echo(f"{page} is written; {kept}")
+    say_next(f"xdg-open {page}")

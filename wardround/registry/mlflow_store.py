@@ -95,6 +95,12 @@ class Store(Connection):
             points = [Metric(key, float(value), now, round) for key, value in {**metrics, ROUND: round}.items()]
             _log_points(client, run, points)
 
+    def log_texts(self, run: str, files: Mapping[str, str]) -> None:
+        """Keep texts among a run's files, by their paths there; what has the same path is written anew."""
+        with self.talk(QUICK) as client:
+            for name, text in files.items():
+                client.log_text(run, text, name)
+
     def close_run(self, run: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Mark a run as ended."""
         with self.talk(QUICK) as client:

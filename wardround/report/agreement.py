@@ -18,7 +18,7 @@ from wardround.privacy.statement import statement
 from wardround.report.tables import table
 from wardround.update import MEASURED, Declared, Layout, printable, withholds
 
-_METHODS = {
+METHODS = {
     "mae": "learns to fill in hidden parts of an image",
     "ijepa": "learns to predict the features of hidden parts of an image",
     "simclr": "learns which two altered copies show the same image",
@@ -41,7 +41,7 @@ def agreement_table(protocol: Protocol, site: SiteConfig, spent: Sequence[Mechan
     part = "patients, drawn by chance," if protocol.privacy.unit == "patient" else "images"
     rows = {
         "protocol digest": protocol.digest(),
-        "what it does": f"{protocol.method.name}: {_METHODS.get(protocol.method.name, 'a method')}; no labels are used",
+        "what it does": f"{protocol.method.name}: {METHODS.get(protocol.method.name, 'a method')}; no labels are used",
         "backbone": f"{protocol.backbone.name}; {_count(shape):,} numbers travel, heads that are thrown away included",
         "how long": f"{training.rounds:,} rounds of {training.local_steps:,} local steps of {training.batch_size:,} "
         f"{part} each: {training.total_steps:,} steps",

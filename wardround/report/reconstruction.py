@@ -23,16 +23,28 @@ def draw_reconstructions(recipe: Recipe, state: State, images: NDArray[np.uint8]
     images: [N, C, S, S]; the first eight are drawn, with the same masks in every round. Of volumes,
     [N, C, S, S, S], the middle slice is drawn.
     """
+    shown = images[:8]
+    panels = reconstructed(recipe, state, shown)
+    if panels is None:
+        return False
+    seen, filled = panels
+    pixels = torch.from_numpy(np.array(shown)).float() / 255.0
+    draw_sheet({"image": pixels, "seen": seen, "reconstructed": filled}, path, title)
+    return True
+
+
+def reconstructed(recipe: Recipe, state: State, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor] | None:
+    """Return what the encoder sees of images and what it makes of it, or None where the method fills nothing in.
+
+    [N, C, S, S] or [N, C, S, S, S] -> twice the same shape, in about [0, 1]; the same masks whatever the state.
+    """
     method = methods.build(recipe, drawn=False)
     if not isinstance(method, MAE | SparK):
-        return False
+        return None
     methods.set_state(method, state)
     method.eval()
-    shown = torch.from_numpy(np.array(images[:8])).float() / 255.0
     with torch.no_grad():
-        seen, filled = _panels(method, recipe, shown)
-    draw_sheet({"image": shown, "seen": seen, "reconstructed": filled}, path, title)
-    return True
+        return _panels(method, recipe, torch.from_numpy(np.array(images)).float() / 255.0)
 
 
 def _panels(method: MAE | SparK, recipe: Recipe, images: Tensor) -> tuple[Tensor, Tensor]:

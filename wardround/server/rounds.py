@@ -301,6 +301,7 @@ def _record(
         "dropped": closed.dropped,
         "ledgers": newest_heads(last.record.get("ledgers", {}), closed.ledgers),
         "bytes_received": closed.bytes,
+        "received": closed.received,
         "bytes_sent": closed.sent,
         "seconds": seconds,
         "parent": last.hash,

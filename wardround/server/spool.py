@@ -37,6 +37,7 @@ class Closed:
     rounds: dict[str, int]  # site -> the round that its update was asked in; with a buffer, that may be an earlier one
     training: dict[str, int] = field(default_factory=dict)  # site -> the round of what it was asked and still works on
     dropped: dict[str, int] = field(default_factory=dict)  # site -> the round of an update that came too late to count
+    received: dict[str, int] = field(default_factory=dict)  # site -> bytes of its update as it crossed
 
 
 class Spool:
@@ -75,16 +76,17 @@ class Spool:
 
         `ledgers` are the heads that came with refused updates; `received` and `sent` are bytes as they crossed.
         """
-        declared, hashes, rounds, size = {}, {}, {}, 0
+        declared, hashes, rounds, sizes = {}, {}, {}, {}
         for site in self.arrived():
             block = self._update(site).read_bytes()
             update = Update.from_bytes(block)
             declared[site], rounds[site] = update.declared, update.round
             hashes[site] = hashlib.sha256(block).hexdigest()
-            size += received.get(site, len(block))  # what came before a restart counts by its size here
+            sizes[site] = received.get(site, len(block))  # what came before a restart counts by its size here
         reasons = {site: f"{refusal.code}: {refusal.text}" for site, refusal in refused.items() if site not in hashes}
         heads = {**ledgers, **{site: value.ledger for site, value in declared.items() if value.ledger is not None}}
-        closed = Closed(hashes, declared, reasons, size, sent, heads, rounds, dict(training or {}), dict(dropped or {}))
+        size, still, late = sum(sizes.values()), dict(training or {}), dict(dropped or {})
+        closed = Closed(hashes, declared, reasons, size, sent, heads, rounds, still, late, sizes)
         write_file(self.folder / "closed.json", json.dumps(asdict(closed), indent=2, sort_keys=True).encode())
         return closed
 
