@@ -203,10 +203,10 @@ def test_what_would_be_refused_though_approved_is_said_before_it_is_approved(tmp
 
 
 def test_the_words_of_approval_know_every_method() -> None:
-    from wardround.report.agreement import METHODS
+    from wardround.report import agreement
     from wardround.ssl import METHODS
 
-    assert METHODS.keys() == METHODS.keys()
+    assert agreement.METHODS.keys() == METHODS.keys()
 
 
 def test_the_record_of_an_approval_holds_the_text_that_was_read(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from wardround.privacy.accounting import upward
 from wardround.report.drawing import INK, MUTED, Palette, drawn, legend, svg
 from wardround.report.history import History, Promise, SiteRound
-from wardround.report.joined import ALL, OWN, Compared, Joined, Score
+from wardround.report.joined import Compared, Joined, Score
 from wardround.report.seen import Probe
 
 WIDTH, HEIGHT = 5.0, 3.1  # inches: text is still readable where a telephone shrinks it
@@ -137,8 +137,7 @@ def epsilon_figure(promise: Promise, planned: int, palette: Palette) -> Figure:
 
 def joined_figure(compared: Compared, palette: Palette) -> Figure | None:
     """Return each site's own backbone beside the federation's; its own test patients where they were told apart."""
-    own = [one for one in compared.joined if one.where == OWN]
-    shown = own or list(compared.joined)
+    shown = compared.shown
     if not shown:
         return None
     finding = _gains(shown)
@@ -170,7 +169,7 @@ def joined_figure(compared: Compared, palette: Palette) -> Figure | None:
         )
         for one in compared.joined
     )  # fmt: skip
-    hint = f"On {OWN if own else ALL}. Thin lines are 95 % intervals: where they "
+    hint = f"On {shown[0].where}. Thin lines are 95 % intervals: where they "
     hint += "overlap, the difference may be chance."
     return Figure("joined", "What joining brought each site", finding, drawing, Table(columns, rows), hint, wide=True)
 

@@ -58,6 +58,11 @@ class Compared:
     arms: tuple[tuple[str, str, Score], ...]  # file, arm, score: everything that was measured on all test images
     labels: float  # share of the labels that the probe had
 
+    @property
+    def shown(self) -> tuple[Joined, ...]:
+        """One comparison a site and file: on its own test patients, where they were told apart."""
+        return tuple(one for one in self.joined if one.where == OWN) or self.joined
+
 
 def read_compared(paths: Sequence[Path], sites: Sequence[str], released: Sequence[str]) -> Compared | None:
     """Return what files of `wardround evaluate --out` say of a run's backbone; None of no file.

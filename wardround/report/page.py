@@ -112,7 +112,7 @@ def _facts(history: History, seen: Seen | None, compared: Compared | None) -> It
     if seen is not None and seen.probe is not None:
         yield "k-NN, evaluation set", f"{seen.probe.by_round[max(seen.probe.by_round)]:.3f}"
     if compared is not None and compared.joined:
-        gains = [one.gain for one in compared.joined]
+        gains = [one.gain for one in compared.shown]
         yield "joining brought", f"{min(gains):+.3f} to {max(gains):+.3f}"
 
 
