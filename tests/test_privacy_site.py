@@ -21,7 +21,7 @@ from wardround.privacy.site_level import CLIP, clipped, factor, next_clip, noise
 from wardround.privacy.statement import statement
 from wardround.registry import checkpoint
 from wardround.registry.mlflow_store import Store
-from wardround.server import tracking
+from wardround.server import release, tracking
 from wardround.server.rounds import run_rounds
 from wardround.server.run_folder import RunFolder, open_run
 from wardround.simulate import simulate
@@ -337,7 +337,7 @@ def test_a_whole_federation_runs_and_its_release_says_what_it_promises(tmp_path:
     assert "loss" not in Store(store).models()[0].metrics  # told to the server at the most, without noise
     logged = tracking.shown(run, 2)
     assert logged["lyon/steps"] == 3 and not any(name.endswith(("loss", "images", "rank")) for name in logged)
-    promised = tracking.guarantee(run)
+    promised = release.guarantee(run)
     assert isinstance(promised, dict) and promised["unit"] == "site"
     assert promised["epsilon"] <= 4.0 and promised["adjacency"] == "add or remove one site"
     assert ("not against the server" in promised["statement"]) is (place == "server")
