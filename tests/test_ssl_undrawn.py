@@ -41,3 +41,14 @@ def test_no_weight_is_drawn() -> None:
     with methods.Undrawn():
         METHODS["mae"](recipe)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("backbone", matrix.REPRESENTATIVES)
+def test_nothing_depends_on_what_memory_held(backbone: str) -> None:
+    """SparK passes images through its network as it is built, to see that hidden pixels stay hidden."""
+    torch.use_deterministic_algorithms(True)  # torch then fills new tensors with NaN
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+        methods.build(matrix.recipe("mae", backbone), drawn=False)
+    finally:
+        torch.use_deterministic_algorithms(False)

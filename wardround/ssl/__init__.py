@@ -43,7 +43,7 @@ def build(recipe: Recipe, *, drawn: bool = True) -> Method:
     """Return the method's module with the initial weights that the recipe's seed gives.
 
     Where all of its state comes from elsewhere, `drawn=False` saves the drawing: what would be random is then
-    whatever memory holds. What stays at a site begins with constants, or as the student.
+    zero. What stays at a site begins with constants, or as the student.
     """
     with torch.random.fork_rng(devices=[]), nullcontext() if drawn else Undrawn():  # the caller's own draws go on
         torch.manual_seed(recipe.seed)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -22,11 +23,17 @@ _DRAWS: set[Callable[..., Any]] = {
 
 
 class Undrawn(TorchFunctionMode):
-    """Leaves a tensor as it is where it would be filled by chance."""
+    """Fills a tensor with zeros where it would be filled by chance: SparK computes with its network as it is built,
+    and what memory happens to hold may be no number at all.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Return the tensor that is to be filled, or what the function gives."""
         kwargs = kwargs or {}
-        return (args[0] if args else kwargs["tensor"]) if func in _DRAWS else func(*args, **kwargs)
+        if func not in _DRAWS:
+            return func(*args, **kwargs)
+        tensor: Tensor = args[0] if args else kwargs["tensor"]
+        with torch.no_grad():
+            return tensor.zero_()
