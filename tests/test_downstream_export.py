@@ -1,6 +1,9 @@
 """A backbone as a file for other runtimes gives the features that torch gives."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import tiny, write_labelled
+from conftest import ROOT, tiny, write_labelled
 
 from wardround.backbones import save_release
 from wardround.data import read_labelled
@@ -117,3 +120,33 @@ def test_convolutions_are_not_calibrated_on_made_up_images(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="calibrated on real images; give a folder by --data"):
         export(folder, "onnx-int8", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+QUIET = """
+import os, socket, sys, threading, time
+listening = socket.create_server(("127.0.0.1", 0))
+asked = []
+def listen():
+    while True:
+        asked.append(listening.accept()[0].recv(100))
+threading.Thread(target=listen, daemon=True).start()
+for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+    os.environ[name] = f"http://127.0.0.1:{listening.getsockname()[1]}"
+import wardround, onnxruntime
+onnxruntime.InferenceSession(sys.argv[1])
+time.sleep(15)  # without wardround it takes five to ten
+assert not asked, asked
+"""
+
+
+@pytest.mark.slow
+def test_who_imports_wardround_has_an_onnxruntime_that_sends_nothing(tmp_path: Path) -> None:
+    """Only waiting shows it: onnxruntime sends usage data some seconds after it began."""
+    folder = tmp_path / "release"
+    plan = resolve(tiny())
+    save_release(plan.protocol, plan.state, folder, {"protocol": plan.protocol.model_dump(mode="json")})
+    export(folder, "onnx", tmp_path / "out")
+    environment = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LD_LIBRARY_PATH")}
+    command = [sys.executable, "-c", QUIET, str(tmp_path / "out" / "model.onnx")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -8,8 +8,9 @@ __version__ = "0.1.0"
 # Before torch is imported: on a machine that does anything else, OpenMP's threads spin while they
 # wait for one another, and a training step took 8 times as long (benchmarks/LOG.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Before mlflow is imported, here or by a program that we start: nothing phones home.
+# Before mlflow and onnxruntime are imported, here or by a program that we start: nothing phones home.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime's, which goes to Microsoft
 
 
 def __getattr__(name: str) -> Any:
