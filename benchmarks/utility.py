@@ -69,7 +69,7 @@ FEDERATED: dict[str, dict[str, Any]] = {
 ONLY = {"FedEMA": ("byol",), "patient-level DP": ("mae",)}  # which methods they admit, of the suites'
 QUICK = ("federated", "int8", MISSING)
 SAME_CONFIG = ("random", "raw pixels", MISSING)  # as another arm's
-QUICK_TRAINING = {"rounds": 10, "local_steps": 10, "batch_size": 32, "warmup_steps": 10}
+QUICK_TRAINING = {"rounds": 10, "local_steps": 40, "batch_size": 16, "learning_rate": 5e-4, "warmup_steps": 40}
 
 
 @dataclass(frozen=True)
