@@ -1,5 +1,6 @@
 """Trained weights in a network of other channels, another size of image, or with a classifier."""
 
+import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,16 @@ from typing import Any
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from wardround.backbones.build import build
+from wardround.backbones.compressed import reshape
 from wardround.backbones.families import FAMILIES, family_of
-from wardround.backbones.release import WEIGHTS, Encoder, module_of
-from wardround.backbones.timm_net import TimmNet, arguments, create
+from wardround.backbones.release import CONFIG, WEIGHTS, Encoder, module_of, timm_network
+from wardround.backbones.timm_net import TimmNet
 from wardround.backbones.vit import own_tensors
 from wardround.config.federation import Recipe
 from wardround.errors import CheckpointError, ConfigError
@@ -32,15 +35,18 @@ def reloaded(
 ) -> nn.Module:
     """Return the backbone of a release that stock timm cannot load, adapted as timm adapts its own.
 
-    Raises ConfigError, or what timm raises, for arguments that this backbone cannot take.
+    Tensors have the shapes that `config.json` lists where they were compressed. Raises ConfigError,
+    or what timm raises, for arguments that this backbone cannot take.
     """
     tensors = load_file(folder / WEIGHTS)
     backbone, data = recipe.backbone, recipe.data
     if family_of(backbone.name) not in FAMILIES.values():
         return _volume(recipe, tensors, num_classes, (in_chans, img_size, features_only or None))
     changed = {"channels": in_chans or data.channels, "image_size": img_size or data.image_size}
-    net = create(backbone, **arguments(backbone, data.model_copy(update=changed)))
-    net.load_state_dict(_fitted(tensors, net.state_dict(), _first(net)))
+    data = data.model_copy(update=changed)
+    net: Any = timm_network(backbone, data)
+    reshape(net, json.loads((folder / CONFIG).read_bytes()).get("compressed", {}).get("shapes", {}))
+    net.load_state_dict(_fitted(tensors, net.state_dict(), first_layers(net)))
     if features_only:
         if not hasattr(net, "forward_intermediates"):
             raise ConfigError(f"backbone '{backbone.name}': has no maps of its stages; leave out features_only.")
@@ -69,7 +75,7 @@ def load_into(recipe: Recipe, folder: Path) -> State:
     module: nn.Module = module_of(backbone)  # a ViT's tensors now have our names, the others' are those of a release
     prefix = "backbone.net." if isinstance(backbone, TimmNet) else ""
     try:
-        fitted = _fitted(tensors, module.state_dict(), _first(module))
+        fitted = _fitted(tensors, module.state_dict(), first_layers(module))
         module.load_state_dict(fitted)
     except (RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -81,7 +87,7 @@ def load_into(recipe: Recipe, folder: Path) -> State:
 
 
 def _fitted(tensors: dict[str, Tensor], expected: dict[str, Tensor], first: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return weights with their first convolution and their tables of relative positions in the expected shapes.
+    """Return weights with their first convolution and their tables of positions in the expected shapes.
 
     Whatever else differs is left to `load_state_dict`, which says so.
     """
@@ -92,6 +98,8 @@ def _fitted(tensors: dict[str, Tensor], expected: dict[str, Tensor], first: tupl
             tensor = adapt_input_conv(shape[1], tensor, base_chans=tensor.shape[1])
         elif name.endswith("relative_position_bias_table") and shape != tensor.shape:
             tensor = _resampled(tensor, round(shape[0] ** 0.5))
+        elif name == "pos_embed" and shape != tensor.shape:
+            tensor = resample_abs_pos_embed(tensor, [round((shape[1] - 1) ** 0.5)] * 2)  # [1, 1 + N, D]
         fitted[name] = tensor
     return fitted
 
@@ -103,7 +111,7 @@ def _resampled(table: Tensor, edge: int) -> Tensor:
     return F.interpolate(square, (edge, edge), mode="bicubic", align_corners=True)[0].flatten(1).T.contiguous()
 
 
-def _first(net: Any) -> tuple[str, ...]:
+def first_layers(net: Any) -> tuple[str, ...]:
     """Return the names of the convolutions that see the image: FastViT has two; of MONAI's networks none is told."""
     if isinstance(net, Encoder):
         return ("backbone.patch_embed.proj",)

@@ -17,11 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wardround.backbones.backbone import Backbone
 from wardround.backbones.build import build
+from wardround.backbones.compressed import Shapes, reshape
 from wardround.backbones.families import FAMILIES, family_of
 from wardround.backbones.normalisation import batch_normalised
 from wardround.backbones.recalibrate import recalibrate
 from wardround.backbones.stock import stock_arguments
-from wardround.backbones.timm_net import TimmNet
+from wardround.backbones.timm_net import TimmNet, arguments, create
 from wardround.backbones.vit import timm_arguments, timm_state
 from wardround.config.federation import BackboneConfig, DataConfig, Recipe
 from wardround.config.strict import parse
@@ -50,8 +51,7 @@ def released_model(recipe: Recipe, state: State, images: NDArray[np.uint8] | Non
     are needed and are not there.
     """
     if family_of(recipe.backbone.name) is FAMILIES["vit"]:
-        arguments = timm_arguments(recipe.backbone, recipe.data)
-        vit: nn.Module = timm.create_model(recipe.backbone.name, **arguments, num_classes=0)
+        vit = timm_network(recipe.backbone, recipe.data)
         vit.load_state_dict(timm_state(state, recipe.backbone, recipe.data))
         return vit.eval()
     backbone = build(recipe.backbone, recipe.data)
@@ -115,13 +115,26 @@ def model_arguments(recipe: Recipe) -> dict[str, Any] | None:
     return stock_arguments(recipe.backbone, recipe.data) if family in FAMILIES.values() else None
 
 
-def network_of(backbone: Mapping[str, Any], data: Mapping[str, Any]) -> nn.Module:
+def timm_network(backbone: BackboneConfig, data: DataConfig) -> nn.Module:
+    """Return timm's network, untrained, under the names of a release; not of volumes. Raises what timm raises."""
+    if family_of(backbone.name) is FAMILIES["vit"]:
+        vit: nn.Module = timm.create_model(backbone.name, **timm_arguments(backbone, data), num_classes=0)
+        return vit
+    net: nn.Module = create(backbone, **arguments(backbone, data))
+    return net
+
+
+def network_of(backbone: Mapping[str, Any], data: Mapping[str, Any], shapes: Shapes | None = None) -> nn.Module:
     """Return the network, untrained, that the weights of a release fit, from sections of its protocol as JSON has them.
 
-    Raises ConfigError for what no network can be.
+    `shapes` are those that `config.json` lists of a compressed one. Raises ConfigError for what no network can be.
     """
-    own = parse(dict(backbone), BackboneConfig, "[backbone]")
-    return module_of(build(own, parse(dict(data), DataConfig, "[data]")))
+    own, given = parse(dict(backbone), BackboneConfig, "[backbone]"), parse(dict(data), DataConfig, "[data]")
+    if shapes is None:
+        return module_of(build(own, given))
+    net = timm_network(own, given)
+    reshape(net, shapes)
+    return net
 
 
 def module_of(backbone: Backbone) -> nn.Module:

@@ -107,6 +107,7 @@ def build_vit(backbone: BackboneConfig, data: DataConfig) -> ViT:
         raise ConfigError(f"[backbone] name = '{backbone.name}': sine-cosine positions need a width divisible by 4.")
     embed = source.patch_embed
     embed.strict_img_size = False  # small crops and early rounds are smaller than the image
+    embed.flatten = True  # what timm builds for images of any size gives a map
     return ViT(embed, source.blocks, source.norm, embed.grid_size, embed.patch_size[0])
 
 

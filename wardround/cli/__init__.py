@@ -33,6 +33,7 @@ for command in (
     backbone.evaluate,
     backbone.segment,
     backbone.export,
+    backbone.compress,
 ):
     cli.command()(command)
 cli.add_typer(provision_cli, name="provision")

@@ -1,4 +1,4 @@
-"""Commands of a downstream team: find a backbone, pull it, measure it."""
+"""Commands of a downstream team: find a backbone, pull it, make it smaller, measure it."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -127,6 +127,59 @@ def export(
         say_next(f"python -c 'import monai.bundle; monai.bundle.load({where})'")
     else:
         typer.echo(f"{to / found.file} takes images in [0, 1], [B, C, S, S] float32, and gives features [B, D].")
+
+
+def compress(
+    source: Source,
+    by: Annotated[str, typer.Option(help="prune, low-rank or distil.")],
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    images: Annotated[
+        Path, typer.Option(help="Images without labels: a folder, or a labelled folder, whose training split is taken.")
+    ],
+    keep: Annotated[
+        float | None,
+        typer.Option(help="prune: share of each block's units; low-rank: of each layer's weights. Default: 0.5."),
+    ] = None,
+    into: Annotated[str | None, typer.Option(help="distil: the smaller network of timm, such as resnet10t.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of distillation from the original; default: 1000 by distil, else none."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A labelled folder with patient-disjoint splits, to probe both on.")
+    ] = None,
+    label: Annotated[str, typer.Option(help="The column of labels.csv to predict.")] = "label",
+    multi_label: Annotated[
+        bool, typer.Option("--multi-label", help="A cell holds any number of labels, with ';' between.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="What is drawn.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    trust: Trust = None,
+    tracking: Tracking = None,
+) -> None:
+    """Make a backbone smaller, as a release of its own, and say what it lost and won."""
+    from wardround.downstream.compress import Request
+    from wardround.downstream.compress import compress as write
+    from wardround.report.compressed import compressed_table
+
+    request = Request(
+        source=source,
+        by=by,
+        to=to,
+        images=images,
+        keep=keep,
+        into=into,
+        steps=steps,
+        data=data,
+        label=label,
+        multi_label=multi_label,
+        seed=seed,
+        device=device,
+        tracking=tracking or default_tracking(),
+        trust=trust,
+    )
+    Console().print(compressed_table(asdict(write(request))))
+    say_next(f"python -c 'import wardround; wardround.load_backbone(\"{to}\")'")
 
 
 def evaluate(

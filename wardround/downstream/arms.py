@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.functional import interpolate
 
-from wardround import ssl as methods
-from wardround.backbones import FAMILIES, family_of, released_model
+from wardround.backbones import FAMILIES, build, family_of, released_model
 from wardround.config.federation import Recipe
 from wardround.downstream.load import check_patches, load_backbone, protocol_of
 from wardround.errors import ConfigError
@@ -72,7 +71,10 @@ def untrained_arm(recipe: Recipe, *, device: str = "cpu", autocast: bool = False
     With batch normalisation it takes its statistics from the very images that it is given, as it has no others;
     that can only flatter it.
     """
-    start = methods.get_state(methods.build(recipe))
+    with torch.random.fork_rng(devices=[]):  # a method draws its backbone first, and then its head
+        torch.manual_seed(recipe.seed)
+        drawn = build(recipe.backbone, recipe.data)
+    start = {f"backbone.{name}": tensor.detach().numpy() for name, tensor in drawn.state_dict().items()}
     return Network(lambda images: released_model(recipe, start, images), recipe, True, device, autocast)
 
 

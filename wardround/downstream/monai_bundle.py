@@ -139,6 +139,8 @@ def _network(release: Path, recipe: Protocol) -> dict[str, Any]:
             "backbone": recipe.backbone.model_dump(mode="json"),
             "data": recipe.data.model_dump(mode="json", include=set(_BUILT_FROM)),
         }
+        if compressed := json.loads((release / CONFIG).read_bytes()).get("compressed"):
+            built["shapes"] = compressed["shapes"]
         target = "wardround.backbones.network_of"
     if any(mark in json.dumps(built) for mark in _EXPRESSIONS):
         raise ConfigError(f"{CONFIG}: holds an expression that MONAI would run; such a release is not exported.")

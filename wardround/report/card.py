@@ -62,6 +62,12 @@ def _details(said: Mapping[str, Any]) -> list[str]:
     line = (
         f"`{said['backbone']}`, trained by `{said['method']}` on images of {size} with {data['channels']} channel(s)."
     )
+    done = [
+        f"Compressed by `{step['by']}` from the `{step['parent']['backbone']}` whose weights are "
+        f"`{step['parent']['weights'][:12]}`, with {step['images']:,} other images; `compressed.json` says the cost."
+        for step in said.get("compressed", [])
+    ]
+    line = " ".join([line, *done])
     return [line, "", f"Loaded by {loads}. Normalisation: mean {data['mean']}, std {data['std']} on [0, 1]."]
 
 
@@ -80,10 +86,11 @@ def _data(said: Mapping[str, Any]) -> list[str]:
 
 def _privacy(said: Mapping[str, Any]) -> list[str]:
     promised = said["differential_privacy"]
+    since = [line for step in said.get("compressed", []) for line in ("", step["privacy"])]
     if not _private(said):
-        return ["None: the coordinator may have been able to reconstruct images."]
+        return ["None: the coordinator may have been able to reconstruct images.", *since]
     sentences = promised["statement"]
-    return [sentences] if isinstance(sentences, str) else [f"- {line}" for line in sentences.values()]
+    return [*([sentences] if isinstance(sentences, str) else [f"- {line}" for line in sentences.values()]), *since]
 
 
 def _evaluation(said: Mapping[str, Any]) -> list[str]:

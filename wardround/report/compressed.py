@@ -1,0 +1,37 @@
+"""What a smaller backbone costs beside the one that it was made from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from wardround.report.tables import table
+
+
+def compressed_table(found: Mapping[str, Any]) -> Table:
+    """Return before and after of a compression, whose fields are those of downstream.compared.Compared."""
+    probe = found["probe"]
+    scored = [f"linear probe\n{probe['metric']}"] if probe else []
+    made = table(f"Compressed by {found['by']}", "", "MB", "parameters", "GFLOPs", "ms an image", *scored)
+    for arm in ("original", "compressed"):
+        one = found[arm]
+        cells = [f"{one['megabytes']:.2f}", f"{one['parameters']:,}", f"{one['gflops']:.3f}"]
+        cells.append(f"{one['milliseconds']:.2f}")
+        made.add_row(arm, *cells, *([_score(probe[arm])] if probe else []))
+    lines = [
+        f"on {found['compared_on']} images of patients that it was not made with: least cosine to the original's "
+        f"features {found['least_cosine']:.4f}, {found['explained']:.1%} of their variance explained",
+        "one thread, batches of 16, by turns; one GFLOP is 10^9 multiplications and additions",
+    ]
+    if found["losses"]:
+        lines.append("loss of distillation from {:.3f} to {:.3f}".format(*found["losses"]))
+    if probe:
+        lines.append(f"probe: {probe['labelled']:,} labelled images, {probe['tested']:,} test images; 95 % intervals")
+    made.caption, made.caption_justify = "\n".join(lines), "left"
+    return made
+
+
+def _score(found: tuple[float, float | None, float | None]) -> str:
+    """Return a score with its interval."""
+    mean, low, high = found
+    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
