@@ -14,14 +14,14 @@ ARMS = ("backbone", "random", "raw pixels")
 
 def asked_table(asked: Asked) -> Table:
     """Return a line a site and probe, each arm a column, and who said nothing and why."""
-    title = f"Probes at the sites, each on its own labels: balanced accuracy / AUC of round {asked.round}"
-    made = table(title, "site", "test images / patients", "probe", *ARMS)
-    for column in made.columns[2:]:
+    title = f"Round {asked.round} at the sites, each on its own test images: balanced accuracy / AUC"
+    made = table(title, "site, test images / patients", "probe", *ARMS)
+    for column in made.columns[1:]:
         column.no_wrap = True
     for site, scores in sorted(asked.scores.items()):
         size = f"{scores.test_images:,} / {scores.test_patients:,}"
-        made.add_row(escape(site), size, "k-NN", *(_shown(scores.nearest.get(arm)) for arm in ARMS))
-        made.add_row("", "", "linear", *(_shown(scores.linear.get(arm)) for arm in ARMS), end_section=True)
+        made.add_row(escape(site), "k-NN", *(_shown(scores.nearest.get(arm)) for arm in ARMS))
+        made.add_row(size, "linear", *(_shown(scores.linear.get(arm)) for arm in ARMS), end_section=True)
     lines = ["below, 95 % intervals over test patients (bootstrap)"]
     if asked.scores:
         means = {arm: _mean(asked, arm) for arm in ARMS}
