@@ -17,6 +17,7 @@ from wardround.config.federation import DataConfig
 from wardround.data import LabelledImages
 from wardround.downstream.arms import release_arm
 from wardround.downstream.evaluate import evaluate
+from wardround.probe.scores import Scores
 from wardround.registry.release import WEIGHTS, file_hashes
 from wardround.ssl.views import normalise
 
@@ -36,12 +37,21 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Linear probes of both on the same labels: the headline score, and its 95 % interval where there is one."""
+class Score:
+    """A probe's scores with the ends of their 95 % intervals, where there are some."""
 
-    metric: str
-    original: tuple[float, float | None, float | None]  # mean, low, high
-    compressed: tuple[float, float | None, float | None]
+    mean: Scores
+    low: Scores | None
+    high: Scores | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Linear probes of both on the same labels, at all of them."""
+
+    metrics: tuple[str, str]  # of the scores, what tables show
+    original: Score
+    compressed: Score
     labelled: int  # images that they learnt from
     tested: int  # test images
 
@@ -97,14 +107,8 @@ def probed(folders: tuple[Path, Path], images: LabelledImages, seed: int) -> Pro
     """Return the linear probes of two releases at all labels, as `wardround evaluate` has them."""
     arms = dict(zip(("original", "compressed"), map(release_arm, folders), strict=True))
     found = evaluate(arms, images, fractions=(1.0,), draws=1, seed=seed)
-    rows = {row.arm: row for row in found.rows if row.probe == "linear"}
-
-    def ends(arm: str) -> tuple[float, float | None, float | None]:
-        low, high = (one.headline[0] if one else None for one in (rows[arm].low, rows[arm].high))
-        return rows[arm].mean.headline[0], low, high
-
-    counts = found.images["train"], found.images["test"]
-    return Probe(found.headline[0], ends("original"), ends("compressed"), *counts)
+    linear = {row.arm: Score(row.mean, row.low, row.high) for row in found.rows if row.probe == "linear"}
+    return Probe(found.headline, **linear, labelled=found.images["train"], tested=found.images["test"])
 
 
 def _timed(models: tuple[nn.Module, nn.Module], pixels: Tensor) -> tuple[float, float]:

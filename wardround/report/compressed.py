@@ -5,19 +5,23 @@ from typing import Any
 
 from rich.table import Table
 
+from wardround.probe.evaluation import cell
+from wardround.probe.scores import Scores
 from wardround.report.tables import table
 
 
 def compressed_table(found: Mapping[str, Any]) -> Table:
     """Return before and after of a compression, whose fields are those of downstream.compared.Compared."""
     probe = found["probe"]
-    scored = [f"linear probe\n{probe['metric']}"] if probe else []
+    scored = ["linear probe\n{} / {}".format(*probe["metrics"])] if probe else []
     made = table(f"Compressed by {found['by']}", "", "MB", "parameters", "GFLOPs", "ms an image", *scored)
+    for column in made.columns:
+        column.no_wrap = True
     for arm in ("original", "compressed"):
         one = found[arm]
         cells = [f"{one['megabytes']:.2f}", f"{one['parameters']:,}", f"{one['gflops']:.3f}"]
         cells.append(f"{one['milliseconds']:.2f}")
-        made.add_row(arm, *cells, *([_score(probe[arm])] if probe else []))
+        made.add_row(arm, *cells, *([_score(**probe[arm])] if probe else []))
     lines = [
         f"on {found['compared_on']} images of patients that it was not made with: least cosine to the original's "
         f"features {found['least_cosine']:.4f}, {found['explained']:.1%} of their variance explained",
@@ -31,7 +35,6 @@ def compressed_table(found: Mapping[str, Any]) -> Table:
     return made
 
 
-def _score(found: tuple[float, float | None, float | None]) -> str:
-    """Return a score with its interval."""
-    mean, low, high = found
-    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+def _score(mean: Mapping[str, Any], low: Mapping[str, Any] | None, high: Mapping[str, Any] | None) -> str:
+    """Return scores with their interval, of three that are plain values."""
+    return cell(Scores(**mean), Scores(**low) if low else None, Scores(**high) if high else None)
