@@ -14,6 +14,8 @@ from honest_sites import SITES, Sites, ignore, make_run
 from test_server_privacy import PATIENT, PrivateSites
 
 from wardround.config import FederationConfig, digest, parse
+from wardround.downstream import segment
+from wardround.downstream.evaluate import Request, evaluate_backbone
 from wardround.downstream.load import load_backbone
 from wardround.errors import CheckpointError, ConfigError
 from wardround.plan import resolve
@@ -254,6 +256,12 @@ def test_a_backbone_fetched_by_name_is_verified_against_the_pinned_key(
     monkeypatch.setenv("WARDROUND_TRUST", "SHA256:" + "A" * 43)
     with pytest.raises(CheckpointError, match="is signed by SHA256:"):
         load_backbone(reference, uri=store)
+    monkeypatch.delenv("WARDROUND_TRUST")
+    other = "SHA256:" + "A" * 43
+    with pytest.raises(CheckpointError, match="is signed by SHA256:"):
+        evaluate_backbone(Request(source=reference, data=run.path, tracking=store, trust=other))
+    with pytest.raises(CheckpointError, match="is signed by SHA256:"):
+        segment.segment(segment.Request(reference, run.path, tracking=store, trust=other))
 
 
 def test_a_sites_update_that_a_kill_left_behind_is_deleted_by_the_next_start(

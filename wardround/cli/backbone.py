@@ -230,6 +230,7 @@ def evaluate(
             help="Also draw calibration, confusion, nearest images and explanations into this folder, as PNG."
         ),
     ] = None,
+    trust: Trust = None,
     tracking: Tracking = None,
 ) -> None:
     """Compare a backbone with its random initialisation, raw pixels and others: probed frozen, and trained on."""
@@ -256,6 +257,7 @@ def evaluate(
         device=device,
         pictures=pictures,
         tracking=tracking or default_tracking(),
+        trust=trust,
     )
     evaluation = evaluate_backbone(request)
     console = Console()
@@ -286,6 +288,7 @@ def segment(
     pictures: Annotated[
         Path | None, typer.Option(help="Also draw images, masks and answers into this folder, as segmentation.png.")
     ] = None,
+    trust: Trust = None,
     tracking: Tracking = None,
 ) -> None:
     """Train a segmentation network on a backbone and on its random initialisation, and compare their Dice."""
@@ -305,6 +308,7 @@ def segment(
         device=device,
         pictures=pictures,
         tracking=tracking or default_tracking(),
+        trust=trust,
     )
     found = measure(request)
     Console().print(segmented_table(found))

@@ -47,6 +47,7 @@ class Request:
     device: str = "cpu"
     pictures: Path | None = None
     tracking: str | None = None
+    trust: str | None = None  # as for `load_backbone`, of the backbone and of those it is compared with
 
 
 def evaluate(
@@ -98,14 +99,14 @@ def compare(
 def evaluate_backbone(request: Request) -> Evaluation:
     """Return the evaluation that a request asks for, and write its pictures."""
     with ExitStack() as pulled:
-        folder = pulled.enter_context(release_folder(request.source, request.tracking))
+        folder = pulled.enter_context(release_folder(request.source, request.tracking, request.trust))
         recipe = protocol_of(folder)
         arms = three_arms(folder, device=request.device)
         for name, source in map(_named, request.against):
             if name in arms:
                 raise ConfigError(f"--against {name}: is the name of another arm; write OTHERNAME={source}.")
             arms[name] = release_arm(
-                pulled.enter_context(release_folder(source, request.tracking)), device=request.device
+                pulled.enter_context(release_folder(source, request.tracking, request.trust)), device=request.device
             )
         if request.imagenet is not None:
             arms["ImageNet"] = imagenet_arm(request.imagenet, recipe, device=request.device)

@@ -49,6 +49,7 @@ class Request:
     device: str = "cpu"
     pictures: Path | None = None
     tracking: str | None = None
+    trust: str | None = None  # as for `load_backbone`
 
 
 def segment(request: Request) -> Segmentation:
@@ -60,7 +61,7 @@ def segment(request: Request) -> Segmentation:
     """
     if not request.fractions or not all(0.0 < share <= 1.0 for share in request.fractions) or request.draws < 1:
         raise ConfigError(f"fractions = {list(request.fractions)}: expected some in (0, 1], and draws above 0.")
-    with release_folder(request.source, request.tracking) as folder:
+    with release_folder(request.source, request.tracking, request.trust) as folder:
         decoder = load_segmenter(folder, 2, decoder=request.decoder).decoder  # refused before images are read
         recipe = protocol_of(folder)
         images = read_masked(request.data, recipe.data)
