@@ -274,8 +274,14 @@ def kill(program: str, folder: Path) -> None:
         found = [process for process in psutil.process_iter() if any(w.endswith(program) for w in arguments(process))]
         return [process for process in found if any(str(folder) in word for word in arguments(process))]
 
-    until(lambda: bool(own()))  # it may just be starting again
-    own()[0].kill()
+    def killed() -> bool:
+        for process in own():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+                return True
+        return False
+
+    until(killed)  # it may just be starting again
 
 
 def until(holds: Callable[[], bool], seconds: float = 90) -> None:
