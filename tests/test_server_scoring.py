@@ -81,6 +81,18 @@ def test_few_patients_of_a_class_are_not_told_of(run: RunFolder) -> None:
     )
 
 
+def test_who_opted_out_is_in_no_score(run: RunFolder) -> None:
+    before = ask_sites(run).scores["lyon"]
+    site = run.path / "sites" / "lyon" / "site.toml"
+    found = tomllib.loads(site.read_text())
+    found["images"]["opt_out"] = str(run.path / "opt_out.txt")
+    site.write_text(to_toml(found))
+    (run.path / "opt_out.txt").write_text("lyon-p4\nLYON-P0\n")  # of test and of train, as the PACS writes it
+    after = ask_sites(run).scores["lyon"]
+    assert (after.test_patients, after.test_images) == (before.test_patients - 1, before.test_images - 2)
+    assert (after.train_patients, after.train_images) == (before.train_patients - 1, before.train_images - 2)
+
+
 def test_what_ails_the_labels_stays_at_the_site(run: RunFolder) -> None:
     change(run, "lyon", label="diagnosis_of_Mr_Smith")
     asked = ask_sites(run)
@@ -152,6 +164,19 @@ def test_the_command_prints_a_table_and_writes_json(run: RunFolder, tmp_path: Pa
     assert done.exit_code == 0, done.output
     assert "lyon" in done.output and "oslo gave none: policy" in done.output
     assert json.loads((tmp_path / "asked.json").read_text())["round"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--federated", "--draws", "3"], "--draws: is not for --federated, where each site measures by itself"),
+        (["--federated", "--data", "x"], "--data: is not for --federated"),
+        (["--data", "x", "--kit", "x"], "--kit: is for --federated alone"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(run: RunFolder, options: list[str], said: str) -> None:
+    done = CliRunner().invoke(cli, ["evaluate", str(run.path), *options])
+    assert isinstance(done.exception, ConfigError) and said in str(done.exception)
 
 
 def test_without_a_question_the_labels_are_missing(run: RunFolder) -> None:

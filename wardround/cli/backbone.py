@@ -20,6 +20,15 @@ Trust = Annotated[
     ),
 ]
 
+Label = Annotated[str, typer.Option(help="The column of labels.csv to predict.")]
+MultiLabel = Annotated[bool, typer.Option("--multi-label", help="A cell holds any number of labels, with ';' between.")]
+ForceSplits = Annotated[
+    bool, typer.Option("--force-splits", help="Measure though patients are in two splits; the result says so.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Json = Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")]
+OF_SITES = ("source", "federated", "kit", "host", "out")  # options of `evaluate --federated`
+
 
 def models(tracking: Tracking = None) -> None:
     """List the registered backbones: champion and candidates, their probes beside the floors, their privacy."""
@@ -148,12 +157,10 @@ def compress(
     data: Annotated[
         Path | None, typer.Option(help="A labelled folder with patient-disjoint splits, to probe both on.")
     ] = None,
-    label: Annotated[str, typer.Option(help="The column of labels.csv to predict.")] = "label",
-    multi_label: Annotated[
-        bool, typer.Option("--multi-label", help="A cell holds any number of labels, with ';' between.")
-    ] = False,
+    label: Label = "label",
+    multi_label: MultiLabel = False,
     seed: Annotated[int, typer.Option(help="What is drawn.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "cpu",
     trust: Trust = None,
     tracking: Tracking = None,
 ) -> None:
@@ -183,6 +190,7 @@ def compress(
 
 
 def evaluate(
+    context: typer.Context,
     source: Source,
     data: Annotated[Path | None, typer.Option(help="A labelled folder with patient-disjoint splits.")] = None,
     federated: Annotated[
@@ -199,10 +207,8 @@ def evaluate(
     host: Annotated[
         str, typer.Option(help="--federated: the address to listen on, as `coordinate` has it.")
     ] = "127.0.0.1",
-    label: Annotated[str, typer.Option(help="The column of labels.csv to predict.")] = "label",
-    multi_label: Annotated[
-        bool, typer.Option("--multi-label", help="A cell holds any number of labels, with ';' between.")
-    ] = False,
+    label: Label = "label",
+    multi_label: MultiLabel = False,
     finetune: Annotated[
         str,
         typer.Option(help="Also train on: some of frozen,full,decay,lora, with commas between. Takes its time."),
@@ -219,11 +225,9 @@ def evaluate(
         typer.Option(help="Also score each group that this column of labels.csv makes, such as site. May be repeated."),
     ] = None,
     draws: Annotated[int, typer.Option(help="Draws of labelled patients and of new weights.", min=1, max=50)] = 5,
-    force_splits: Annotated[
-        bool, typer.Option("--force-splits", help="Measure though patients are in two splits; the result says so.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
+    force_splits: ForceSplits = False,
+    device: Device = "cpu",
+    out: Json = None,
     pictures: Annotated[
         Path | None,
         typer.Option(
@@ -234,6 +238,7 @@ def evaluate(
     tracking: Tracking = None,
 ) -> None:
     """Compare a backbone with its random initialisation, raw pixels and others: probed frozen, and trained on."""
+    _refuse_idle(context, federated)
     if federated:
         _ask_sites(Path(source), kit, host, out)
         return
@@ -280,11 +285,9 @@ def segment(
     ] = None,
     draws: Annotated[int, typer.Option(help="Draws of images and of new weights.", min=1, max=50)] = 3,
     steps: Annotated[int, typer.Option(help="Steps that each network is trained for.", min=1)] = 300,
-    force_splits: Annotated[
-        bool, typer.Option("--force-splits", help="Measure though patients are in two splits; the result says so.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Also write the result here, as JSON.")] = None,
+    force_splits: ForceSplits = False,
+    device: Device = "cpu",
+    out: Json = None,
     pictures: Annotated[
         Path | None, typer.Option(help="Also draw images, masks and answers into this folder, as segmentation.png.")
     ] = None,
@@ -314,6 +317,18 @@ def segment(
     Console().print(segmented_table(found))
     if out is not None:
         out.write_text(found.to_json())
+
+
+def _refuse_idle(context: typer.Context, federated: bool) -> None:
+    """Raise ConfigError for an option that was typed and would do nothing, with --federated or without."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if federated and parameter.name not in OF_SITES:
+            raise ConfigError(f"{parameter.opts[0]}: is not for --federated, where each site measures by itself.")
+        if not federated and parameter.name in ("kit", "host"):
+            raise ConfigError(f"{parameter.opts[0]}: is for --federated alone.")
 
 
 def _ask_sites(folder: Path, kit: Path | None, host: str, out: Path | None) -> None:

@@ -12,6 +12,7 @@ from wardround.backbones import released_model
 from wardround.client import correction
 from wardround.config import Protocol, SiteConfig
 from wardround.data import LabelledImages, read_labelled, select_site
+from wardround.data.patients import pseudonym, read_opt_outs, read_salt
 from wardround.errors import DataError, PolicyRefusal
 from wardround.probe.site_scores import Figures, SiteScores
 from wardround.update import State
@@ -47,7 +48,14 @@ def scores(site: SiteConfig, protocol: Protocol, state: State, device: str) -> S
 
     assert site.evaluation is not None
     lent = site.evaluation
-    images = select_site(read_labelled(lent.folder, protocol.data, lent.label), lent.site)
+    salt = read_salt(site.work)
+    outs = read_opt_outs(site.images.opt_out, site.name, salt)
+
+    def opted_out(patient: str) -> bool:
+        return pseudonym(salt, patient) in outs
+
+    found = read_labelled(lent.folder, protocol.data, lent.label, opted_out=opted_out)
+    images = select_site(found, lent.site)
     _refuse_few(images, lent.patients)
     own, _ = correction.parted(state)
     backbone = Network(lambda shown: released_model(protocol, own, shown), protocol, device=device)
@@ -56,15 +64,15 @@ def scores(site: SiteConfig, protocol: Protocol, state: State, device: str) -> S
         "random": untrained_arm(protocol, device=device),
         "raw pixels": raw_pixels,
     }
-    found = evaluate(arms, images, fractions=(1.0,), draws=1, seed=protocol.seed)
+    measured = evaluate(arms, images, fractions=(1.0,), draws=1, seed=protocol.seed)
     return SiteScores(
-        classes=len(found.classes),
-        train_images=found.images["train"],
-        train_patients=found.patients["train"],
-        test_images=found.images["test"],
-        test_patients=found.patients["test"],
-        linear=_figures(found, "linear"),
-        nearest=_figures(found, "k-NN"),
+        classes=len(measured.classes),
+        train_images=measured.images["train"],
+        train_patients=measured.patients["train"],
+        test_images=measured.images["test"],
+        test_patients=measured.patients["test"],
+        linear=_figures(measured, "linear"),
+        nearest=_figures(measured, "k-NN"),
     )
 
 

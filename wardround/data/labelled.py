@@ -1,7 +1,8 @@
 """Labelled images that a coordinator or a downstream team owns: read whole, for probes and pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +41,27 @@ class LabelledImages:
 
 
 def read_labelled(
-    folder: Path, data: DataConfig, label: str = "label", *, multi_label: bool = False, by: Sequence[str] = ()
+    folder: Path,
+    data: DataConfig,
+    label: str = "label",
+    *,
+    multi_label: bool = False,
+    by: Sequence[str] = (),
+    opted_out: Callable[[str], bool] | None = None,
 ) -> LabelledImages:
     """Return all images of a labelled folder, of every site and split; `label` names the column.
 
     With `multi_label` a cell holds labels with `;` between them, and an empty one means that the image has
-    none. `by` names columns whose values become `groups`; an empty cell there is a group of its own.
+    none. `by` names columns whose values become `groups`; an empty cell there is a group of its own. Where the
+    patient of a row, or the one that its file names, has `opted_out`, it is left out unread.
     Raises DataError for a table that is wrong and for the first image that cannot be read: a set that
     measures should be whole. Holds N x C x S x S bytes in memory.
     """
     rows = read_rows(folder, label, multi_label=multi_label)
     table = read_table(folder, by)  # row by row the same
+    if opted_out is not None:
+        stays = [not any(map(opted_out, _owners(folder, row, data))) for row in rows]
+        rows, table = list(compress(rows, stays)), list(compress(table, stays))
     sets = [label_sets(row.label) if multi_label else (row.label,) for row in rows]
     classes = tuple(sorted({name for found in sets for name in found}))
     places = {name: place for place, name in enumerate(classes)}
@@ -124,8 +135,20 @@ def read_images(folder: Path, rows: list[Row], data: DataConfig) -> NDArray[np.u
             try:
                 images[place] = _read_image(row.path, data)
             except ReadError as error:
-                raise DataError(f"{folder.name}: '{row.file}': {error}. Mend it, or leave its row out.") from error
+                raise _unread(folder, row, error) from error
     return images
+
+
+def _owners(folder: Path, row: Row, data: DataConfig) -> tuple[str, str]:
+    """Return the patients whom a row and the header of its file name; "" where either names none."""
+    try:
+        return row.patient, read_facts(row.path, data.dimensions).patient
+    except ReadError as error:
+        raise _unread(folder, row, error) from error
+
+
+def _unread(folder: Path, row: Row, error: ReadError) -> DataError:
+    return DataError(f"{folder.name}: '{row.file}': {error}. Mend it, or leave its row out.")
 
 
 def _read_image(path: Path, data: DataConfig) -> NDArray[np.uint8]:

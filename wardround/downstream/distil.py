@@ -7,11 +7,11 @@ share of their variance that is not yet told, 1 for the mean alone and 0 for the
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -95,10 +95,7 @@ def distil(
     original.to(device).eval().requires_grad_(False)
     smaller.to(device).eval().requires_grad_(True)
     told.to(device)
-    decayed = [one for one in smaller.parameters() if one.ndim > 1]
-    others = [one for one in smaller.parameters() if one.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=how.learning_rate, weight_decay=how.weight_decay)
+    optimiser = torch.optim.AdamW(param_groups_weight_decay(smaller, how.weight_decay), lr=how.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(share_of_rate, steps=how.steps))
     losses = []
     for step in tqdm(range(how.steps), "distillation", unit="step", disable=None, delay=2, leave=False):

@@ -2,11 +2,11 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wardround.data import LabelledImages
 from wardround.downstream.answers import Answered, Design, Probabilities
 from wardround.probe.calibration import calibration, confusion
 from wardround.probe.evaluation import Detail, Evaluation, Retrieval, Row, Subgroup
@@ -35,7 +35,7 @@ def result(answered: Sequence[Answered], design: Design, notes: Sequence[str], v
         patients={name: len(np.unique(images.patients[found])) for name, found in used.items()},
         notes=(*notes, *_too_small(subgroups)),
         seed=design.seed,
-        data=_digest(images),
+        data=digest_of(images.images, images.labels),
         weights=None,
         versions=versions,
     )
@@ -134,10 +134,11 @@ def _in_order(arm: Answered) -> list[tuple[str, float]]:
     return sorted(arm.single, key=lambda key: (probes.index(key[0]), key[1]))
 
 
-def _digest(images: LabelledImages) -> str:
-    """Return the SHA-256 of images and labels."""
-    found = hashlib.sha256(np.ascontiguousarray(images.images).data)
-    found.update(np.ascontiguousarray(images.labels).data)
+def digest_of(*arrays: NDArray[Any]) -> str:
+    """Return the SHA-256 of some arrays' numbers, one after the other."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()
 
 

@@ -1,6 +1,5 @@
 """How much a pretrained encoder helps a segmentation: the same network from it and from random weights."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from wardround.downstream.load import protocol_of, release_folder
 from wardround.downstream.memory import smaller_once
 from wardround.downstream.monai_dice import dice
 from wardround.downstream.monai_encoders import load_segmenter
+from wardround.downstream.results import digest_of
 from wardround.downstream.splits import split_masked
 from wardround.downstream.train_segmenter import Task, Training, answer, train
 from wardround.errors import ConfigError
@@ -122,8 +122,6 @@ def _result(found: Found, task: Task, request: Request, notes: list[str], weight
         if arm == ARMS[0]:
             gained = values - scores[ARMS[1], fraction]
             gains.append(_row(f"{arm} less {ARMS[1]}", fraction, count, gained, patients, request.seed, lowest=-1.0))
-    digest = hashlib.sha256(np.ascontiguousarray(images.images).data)
-    digest.update(np.ascontiguousarray(images.masks).data)
     used = {"train": places.train, "val": places.val, "test": places.test}
     return Segmentation(
         decoder=task.decoder,
@@ -135,7 +133,7 @@ def _result(found: Found, task: Task, request: Request, notes: list[str], weight
         patients={name: len(np.unique(images.patients[of])) for name, of in used.items()},
         notes=tuple(notes),
         seed=request.seed,
-        data=digest.hexdigest(),
+        data=digest_of(images.images, images.masks),
         weights=weights,
         versions=versions(),
     )

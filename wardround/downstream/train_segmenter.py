@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.functional import grid_sample
 
@@ -54,7 +55,8 @@ def train(
     images, training, device = task.images, task.training, task.device
     with seeded(seed, device):
         model = load_segmenter(folder, len(images.values), decoder=task.decoder).to(device)
-        optimiser = torch.optim.AdamW(_parameters(model, training))
+        groups = param_groups_weight_decay(model, training.weight_decay)
+        optimiser = torch.optim.AdamW(groups, lr=training.learning_rate)
         share = partial(share_of_rate, steps=training.steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, share)
         pixels, masks = (torch.from_numpy(of[chosen]).to(device) for of in (images.images, images.masks))
@@ -105,12 +107,3 @@ def views(pixels: Tensor, masks: Tensor, task: Task, seed: tuple[int, int]) -> t
     grid = sampling_grid(maps.to(pixels.device), size)
     truth = grid_sample(masks[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
     return normalise(warp(pixels.float() / 255.0, maps, size), task.recipe.data), truth.long()
-
-
-def _parameters(model: nn.Module, training: Training) -> list[dict[str, object]]:
-    """Return the optimiser's groups: biases and norms do not decay."""
-    groups: list[dict[str, object]] = []
-    for decay, alike in ((training.weight_decay, True), (0.0, False)):
-        chosen = [parameter for parameter in model.parameters() if (parameter.ndim > 1) is alike]
-        groups.append({"params": chosen, "lr": training.learning_rate, "weight_decay": decay})
-    return groups

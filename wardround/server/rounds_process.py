@@ -30,10 +30,13 @@ def main(folder: str, kit: str, address: str, secret: str, number: str, *options
         ca = (Path(kit) / "ca.crt").read_bytes()
         with coordinating(address, ca, Path(secret).read_bytes(), int(number)) as grid:
             run = open_run(Path(folder))
+            roster = Roster(Path(kit), run.path)
             if ASK in options:
-                ask_sites(run, Fleet(grid, run, key).ask)
+                fleet = Fleet(grid, run, key, roster)
+                fleet.take_over()
+                ask_sites(fleet.run, fleet.ask)
             else:
-                run_federation(grid, run, key, Roster(Path(kit), run.path), kit_key(Path(kit)))
+                run_federation(grid, run, key, roster, kit_key(Path(kit)))
     except WardroundError as error:
         print(f"{ERROR}{error}", flush=True)
         sys.exit(2)
