@@ -50,8 +50,8 @@ def deal(
     """Return each image's site, [N]: patients whole, by the draw of their label from Dirichlet(alpha).
 
     A patient's label is the one that they have most of, beside how frequent it is. Without alpha the sites are
-    equally likely. Drawn again until every site has 128 images; Hsu et al. 2019 (arXiv:1909.06335), with patients in
-    the place of images.
+    equally likely. Drawn again until every site has 128 images; site1 is the largest. Hsu et al. 2019
+    (arXiv:1909.06335), with patients in the place of images.
     """
     names, whose = np.unique(patients, return_inverse=True)
     kinds, kind = np.unique(labels, return_inverse=True)
@@ -63,8 +63,10 @@ def deal(
         if alpha is not None:
             shares = rng.dirichlet([alpha] * SITES, len(kinds))
         places = np.array([rng.choice(SITES, p=shares[one]) for one in main])
-        if np.bincount(places[whose], minlength=SITES).min() >= LEAST:
-            return np.array([f"site{place + 1}" for place in places[whose]])
+        sizes = np.bincount(places[whose], minlength=SITES)
+        if sizes.min() >= LEAST:
+            rank = np.argsort(np.argsort(-sizes))
+            return np.array([f"site{rank[place] + 1}" for place in places[whose]])
     raise SystemExit(f"{len(names)} patients cannot be dealt to {SITES} sites with {LEAST} images each.")
 
 

@@ -4,16 +4,16 @@
 
 Every trained arm sees the same number of images in the same schedule: a single site, or all images in one place,
 takes as many steps as all sites of the federation together. Frozen features are probed (k-NN, linear) at 1, 10 and
-100 % of the training labels, and unless --quick the networks are trained on with labels (all weights), against
-training from scratch.
+100 % of the training labels. The random start, the central and the federated network are also trained on with labels,
+at the fractions of --tune: all weights, the first of them from scratch.
 
 Arms:  random, raw pixels, central, federated (FedAvg), FedProx, FedAdam, FedEMA (of BYOL), int8, one site missing,
-       patient-level DP, SITE alone; training from scratch is `random`, fine-tuned.
+       patient-level DP, SITE alone, the largest site first.
 Cells: method x partition x arm x seed. Each is kept in a folder that its config's digest names: a run that was cut
-       goes on, and a changed setting trains only what it changes.
+       goes on, and a changed setting trains only what it changes. --jobs trains several at a time.
 
 Writes SUITE.json, SUITE.md and SUITE.png into --out. --quick: one seed of MAE over the folder's own sites, short: ten
-minutes on two cores. The whole is meant for a GPU.
+minutes on two cores. The whole is meant for a GPU, --device cuda --jobs 8.
 """
 
 import argparse
@@ -21,18 +21,22 @@ import copy
 import csv
 import hashlib
 import json
+import multiprocessing
+import os
 import random
 import sys
 import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
 from partitions import partition
@@ -48,7 +52,7 @@ from wardround.downstream.arms import Arm, raw_pixels, release_arm, untrained_ar
 from wardround.downstream.evaluate import FRACTIONS, evaluate
 from wardround.downstream.finetune import Tuning
 from wardround.plan import resolve
-from wardround.probe.evaluation import Evaluation
+from wardround.probe.evaluation import PROBES, Evaluation
 from wardround.registry.durable import write_file
 from wardround.simulate import simulate
 
@@ -68,6 +72,8 @@ FEDERATED: dict[str, dict[str, Any]] = {
 }
 ONLY = {"FedEMA": ("byol",), "patient-level DP": ("mae",)}  # which methods they admit, of the suites'
 QUICK = ("federated", "int8", MISSING)
+TUNED = ("random", "central", "federated")  # which arms are trained on with labels
+TUNING = Tuning(ways=("full",), epochs=10)
 SAME_CONFIG = ("random", "raw pixels", MISSING)  # as another arm's
 QUICK_TRAINING = {"rounds": 10, "local_steps": 40, "batch_size": 16, "learning_rate": 5e-4, "warmup_steps": 40}
 
@@ -111,23 +117,17 @@ def main() -> None:
     options.add_argument("--methods", nargs="*", help="some of the suite's")
     options.add_argument("--partitions", nargs="*", default=["sites", "skew", "iid"])
     options.add_argument("--arms", nargs="*", help="some of the arms")
+    options.add_argument("--tune", nargs="*", type=float, default=[0.01, 0.1, 1.0], help="fractions to fine-tune at")
     options.add_argument("--out", type=Path, default=Path("runs/utility"))
     options.add_argument("--device", default="cpu")
+    options.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
     given = options.parse_args()
     if given.quick:
-        given.seeds, given.partitions, given.methods = 1, ["sites"], ["mae"]
+        given.seeds, given.partitions, given.methods, given.tune = 1, ["sites"], ["mae"], []
     console = Console()
     cells = list(plan(given))
-    scored, begin = [], time.monotonic()
-    for number, cell in enumerate(cells, start=1):
-        scored.append(Scored(cell.method, cell.partition, cell.arm, cell.seed, score(cell, given)))
-        took = time.monotonic() - begin
-        left = took / number * (len(cells) - number) / 60
-        console.print(
-            f"[{number}/{len(cells)}] {cell.method}, {cell.partition}, {cell.arm}, seed {cell.seed}: linear AUC "
-            f"{scored[-1].auc('linear', 1.0):.3f}; about {left:.0f} min left",
-            markup=False,
-        )
+    scores = score_all(cells, given, console)
+    scored = [Scored(one.method, one.partition, one.arm, one.seed, scores[folder_of(one, given)]) for one in cells]
     for table in tables(scored):
         console.print(table)
     name = given.out / f"{given.suite}{'-quick' if given.quick else ''}"
@@ -172,8 +172,8 @@ def arms(base: dict[str, Any], dealt: Path, one: Path, quick: bool) -> Iterator[
         if arm == "patient-level DP":
             changes = changes | {"membership": {"units": patients(dealt)}, "training": private(base["training"])}
         yield arm, parse(merged(base, changes), FederationConfig, base["name"]), dealt
-    largest = max(sites, key=lambda site: images(dealt)[site])
-    for site in [largest] if quick else sites:
+    by_size = [site for site, _ in images(dealt).most_common()]
+    for site in by_size[:1] if quick else by_size:
         alone = merged(together, {"membership": {"sites": {site: 1.0}}})
         yield f"{site} alone", parse(alone, FederationConfig, base["name"]), dealt
 
@@ -213,23 +213,61 @@ def patients(data: Path) -> dict[str, int]:
     return {site: count // 5 * 5 or count for site, count in counted.items()}
 
 
-def score(cell: Cell, given: argparse.Namespace) -> Evaluation:
-    """Return a cell's scores, trained and measured now or before."""
-    suite = SUITES[given.suite]
+def score_all(cells: list[Cell], given: argparse.Namespace, console: Console) -> dict[Path, Evaluation]:
+    """Return the scores of all cells by folder; what several cells share, such as the random start, is made once."""
+    wanted = {folder_of(cell, given): cell for cell in cells}
+    found: dict[Path, Evaluation] = {}
+    begin, context = time.monotonic(), multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(given.jobs, context, share_cores, (given.jobs,)) as workers:
+        waiting = {workers.submit(score, cell, folder, given): folder for folder, cell in wanted.items()}
+        for done in as_completed(waiting):
+            folder = waiting[done]
+            cell, found[folder] = wanted[folder], done.result()
+            auc = Scored(cell.method, cell.partition, cell.arm, cell.seed, found[folder]).auc("linear", 1.0)
+            left = (time.monotonic() - begin) / len(found) * (len(wanted) - len(found)) / 60
+            console.print(
+                f"[{len(found)}/{len(wanted)}] {cell.method}, {cell.partition}, {cell.arm}, seed {cell.seed}: linear "
+                f"AUC {auc:.3f}; about {left:.0f} min left",
+                markup=False,
+            )
+    return found
+
+
+def share_cores(jobs: int) -> None:
+    """Take a worker's share of the cores."""
+    torch.set_num_threads(threads(jobs))
+
+
+def threads(jobs: int) -> int:
+    """Return how many threads each of some workers has."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def folder_of(cell: Cell, given: argparse.Namespace) -> Path:
+    """Return the folder that a cell is kept in."""
     same = cell.arm if cell.arm in SAME_CONFIG else ""
     said = json.dumps([cell.config.model_dump(mode="json"), same, cell.data.name, given.quick], sort_keys=True)
-    folder = given.out / "cells" / hashlib.sha256(said.encode()).hexdigest()[:16]
-    kept = folder / "scores.json"
-    if not kept.exists():
-        found = evaluate(
-            {cell.arm: arm_of(cell, folder / "run", given)},
-            labelled(given.data / suite.folder, suite.label, suite.scored_site, cell.config.data),
-            FRACTIONS,
-            seed=cell.seed,
-            tuning=Tuning(ways=() if given.quick else ("full",)),
-        )
-        write_file(kept, found.to_json().encode())
-    return Evaluation.from_json(kept.read_text())
+    return given.out / "cells" / hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def score(cell: Cell, folder: Path, given: argparse.Namespace) -> Evaluation:
+    """Return a cell's scores, trained and measured now or before: the probes', and where it is tuned those of that."""
+    suite = SUITES[given.suite]
+    images = labelled(given.data / suite.folder, suite.label, suite.scored_site, cell.config.data)
+
+    def measured(file: str, fractions: tuple[float, ...], tuning: Tuning, draws: int) -> Evaluation:
+        kept = folder / file
+        if not kept.exists():
+            arms = {cell.arm: arm_of(cell, folder / "run", given)}
+            found = evaluate(arms, images, fractions, draws=draws, seed=cell.seed, tuning=tuning)
+            write_file(kept, found.to_json().encode())
+        return Evaluation.from_json(kept.read_text())
+
+    found = measured("scores.json", FRACTIONS, Tuning(ways=()), 5)
+    if cell.arm not in TUNED or not given.tune:
+        return found
+    tuned = measured(f"tuned-{'-'.join(map(str, given.tune))}.json", tuple(given.tune), TUNING, 3)
+    return replace(found, rows=(*found.rows, *(row for row in tuned.rows if row.probe not in PROBES)))
 
 
 def arm_of(cell: Cell, folder: Path, given: argparse.Namespace) -> Arm:
@@ -240,7 +278,9 @@ def arm_of(cell: Cell, folder: Path, given: argparse.Namespace) -> Arm:
         return untrained_arm(resolve(cell.config).protocol, device=given.device)
     if not (folder / "release").exists():
         client = sometimes_away(sorted(labelled_sites(cell.data))[0], cell) if cell.arm == MISSING else client_app
-        simulate(cell.config, cell.data, folder, f"sqlite:///{(given.out / 'mlflow.db').resolve()}", client=client)
+        own = f"mlflow-{multiprocessing.current_process().name}.db"  # SQLite takes one writer at a time
+        tracking = f"sqlite:///{(given.out / own).resolve()}"
+        simulate(cell.config, cell.data, folder, tracking, threads(given.jobs), client)
     return release_arm(folder / "release", device=given.device)
 
 

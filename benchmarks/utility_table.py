@@ -13,7 +13,8 @@ from scipy.stats import t
 from wardround.probe.evaluation import Evaluation
 
 FRACTIONS = (0.01, 0.1, 1.0)
-SHOWN = (("linear", 1.0), ("linear", 0.1), ("linear", 0.01), ("k-NN", 1.0), ("full", 0.1), ("full", 0.01))
+SHOWN = tuple((probe, fraction) for probe in ("linear", "k-NN", "full") for fraction in reversed(FRACTIONS))
+ARMS = ("federated", "central", "random")
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,22 @@ def mean_and_sd(values: Sequence[float | None]) -> str:
     return f"{statistics.mean(known):.3f}".replace("0.", ".", 1) + spread
 
 
+def signed(value: float) -> str:
+    """Return a number with its sign, without the zero before the point.
+
+    >>> signed(0.25), signed(-1e-9)
+    ('+.250', '+.000')
+    """
+    return f"{round(value, 3) + 0.0:+.3f}".replace("0.", ".", 1)
+
+
 def interval(values: Sequence[float]) -> str:
     """Return a mean and half of its 95 % interval over the seeds (Student); of one seed the value alone.
 
     >>> interval([0.1, 0.2, 0.3]), interval([0.1])
     ('+.200 ± .248', '+.100')
     """
-    mean = f"{statistics.mean(values):+.3f}".replace("0.", ".", 1)
+    mean = signed(statistics.mean(values))
     if len(values) < 2:
         return mean
     half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
@@ -81,41 +91,87 @@ def groups(scored: Sequence[Scored]) -> Iterator[tuple[str, str, dict[str, dict[
         yield method, partition, by_arm
 
 
-def comparisons(by_arm: dict[str, dict[int, Scored]]) -> list[tuple[str, str]]:
-    """Return what a federation asks of the linear probe at all labels: a question, and the answer over the seeds."""
-    auc = {arm: {seed: one.auc("linear", 1.0) or 0.0 for seed, one in cells.items()} for arm, cells in by_arm.items()}
-    alone = [arm for arm in auc if arm.endswith(" alone")]
-    seeds = sorted(auc.get("federated", {}))
-    asked: list[tuple[str, str]] = []
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a federation, its answer seed by seed, and from where on that is good enough."""
 
-    def ask(question: str, other: str, first: str = "federated") -> None:
-        if other in auc and first in auc:
-            asked.append((question, interval([auc[first][seed] - auc[other][seed] for seed in seeds])))
+    text: str
+    values: list[float]
+    least: float | None = None  # the goal: the mean over the seeds reaches it
+    note: str = ""
 
-    ask("federated less random", "random")
-    ask("federated less central", "central")
-    if alone and seeds:
-        local = [statistics.mean(auc[arm][seed] for arm in alone) for seed in seeds]
-        gains = [auc["federated"][seed] - mean for seed, mean in zip(seeds, local, strict=True)]
-        asked.append(("gain of joining: federated less the mean of the sites alone", interval(gains)))
-    ask("int8 less federated", "federated", "int8")
-    ask("one site missing less federated", "federated", "one site missing")
-    ask("patient-level DP less random, which it starts from", "random", "patient-level DP")
-    if "central" in auc and "random" in auc and seeds:
-        kept = [
-            (auc["federated"][seed] - auc["random"][seed]) / (auc["central"][seed] - auc["random"][seed])
-            for seed in seeds
-            if auc["central"][seed] > auc["random"][seed]
-        ]
-        worthless = len(seeds) - len(kept)
-        text = interval(kept) if kept else "not defined"
-        asked.append(
-            (
-                "gain retained: (federated - random) / (central - random)",
-                text + f"; {worthless} seeds without a gain" * bool(worthless),
-            )
-        )
+    @property
+    def answer(self) -> str:
+        """The mean with its interval, and by how much a goal is met or missed.
+
+        >>> Question("a less b", [0.25, 0.25], least=-0.01).answer
+        '+.250 ± .000 (goal -.010: met)'
+        """
+        if not self.values:
+            return self.note
+        told = interval(self.values) + self.note
+        if self.least is None:
+            return told
+        short = round(self.least - statistics.mean(self.values), 6)
+        return f"{told} (goal {signed(self.least)}: {'met' if short <= 0.0 else f'**missed** by {short:.3f}'})"
+
+
+def questions(by_arm: dict[str, dict[int, Scored]], partition: str) -> list[Question]:
+    """Return what a federation is asked: of the linear probe's AUC at all labels, where nothing else is said."""
+    alone = [arm for arm in by_arm if arm.endswith(" alone")]  # the largest site first
+    asked: list[Question] = []
+
+    def ask(
+        text: str, first: str, other: str, least: float | None = None, key: tuple[str, float] = ("linear", 1.0)
+    ) -> None:
+        seeds = [seed for seed in by_arm.get(first, {}) if seed in by_arm.get(other, {})]
+        pairs = [(by_arm[first][seed].auc(*key), by_arm[other][seed].auc(*key)) for seed in seeds]
+        known = [a - b for a, b in pairs if a is not None and b is not None]
+        if known:
+            asked.append(Question(text, known, least))
+
+    ask("federated less random", "federated", "random")
+    ask("central less random", "central", "random")
+    ask("federated less central", "federated", "central", -0.01 if partition == "iid" else None)
+    if partition != "iid":
+        asked += retained(by_arm)
+    seeds = [seed for seed in by_arm.get("federated", {}) if all(seed in by_arm[arm] for arm in alone)]
+    if len(alone) > 1 and seeds:
+        means = [statistics.mean(linear(by_arm[arm][seed]) for arm in alone) for seed in seeds]
+        gains = [linear(by_arm["federated"][seed]) - mean for seed, mean in zip(seeds, means, strict=True)]
+        asked.append(Question("gain of joining: federated less the mean of the sites alone", gains, 0.03))
+    if alone:
+        ask(f"federated less the largest site alone ({alone[0].removesuffix(' alone')})", "federated", alone[0], 0.0)
+    for fraction, least in ((0.01, 0.05), (0.1, 0.02), (1.0, None)):
+        text = f"fine-tuned at {fraction:.0%} of labels: federated less from scratch"
+        ask(text, "federated", "random", least, ("full", fraction))
+    ask("int8 less federated", "int8", "federated", -0.005)
+    ask("one site missing less federated", "one site missing", "federated", -0.01)
+    ask("patient-level DP less random, which it starts from", "patient-level DP", "random", 0.0)
     return asked
+
+
+def retained(by_arm: dict[str, dict[int, Scored]]) -> list[Question]:
+    """Return how much of what central training has, and of what it gains over random, the federation keeps."""
+    federated, central, random = ({s: linear(c) for s, c in by_arm.get(a, {}).items()} for a in ARMS)
+    seeds = [seed for seed in federated if seed in central and seed in random]
+    if not seeds:
+        return []
+    gaining = [seed for seed in seeds if central[seed] > random[seed]]
+    kept = [(federated[seed] - random[seed]) / (central[seed] - random[seed]) for seed in gaining]
+    lost = len(seeds) - len(gaining)
+    note = f"{'; ' if kept else ''}{lost} seeds where central gains nothing" * bool(lost)
+    return [
+        Question("federated over central", [federated[seed] / central[seed] for seed in seeds], 0.95),
+        Question("gain retained: (federated - random) / (central - random)", kept, 0.8, note),
+    ]
+
+
+def linear(scored: Scored) -> float:
+    """Return the linear probe's AUC at all labels."""
+    found = scored.auc("linear", 1.0)
+    assert found is not None, "every arm is probed"
+    return found
 
 
 def tables(scored: Sequence[Scored]) -> Iterator[Table]:
@@ -126,7 +182,7 @@ def tables(scored: Sequence[Scored]) -> Iterator[Table]:
             made.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column != "arm")
         for line in lines(by_arm):
             made.add_row(*line)
-        made.caption = "\n".join(f"{question}: {answer}" for question, answer in comparisons(by_arm))
+        made.caption = "\n".join(f"{one.text}: {one.answer}" for one in questions(by_arm, partition)).replace("**", "")
         made.caption_justify = "left"
         yield made
 
@@ -153,7 +209,8 @@ def markdown(scored: Sequence[Scored], said: dict[str, Any]) -> str:
         parts.append("| " + " | ".join(("arm", *(head(*key) for key in SHOWN))) + " |")
         parts.append("|---" * (1 + len(SHOWN)) + "|")
         parts += ["| " + " | ".join(line) + " |" for line in lines(by_arm)]
-        parts.append("\n" + "\n".join(f"- {question}: {answer}" for question, answer in comparisons(by_arm)) + "\n")
+        asked = questions(by_arm, partition)
+        parts.append("\n" + "\n".join(f"- {one.text}: {one.answer}" for one in asked) + "\n")
     return "\n".join(parts)
 
 

@@ -1,0 +1,91 @@
+"""The evidence: how patients are dealt to sites, and what the tables conclude from the cells."""
+
+import numpy as np
+import pytest
+from partitions import LEAST, deal
+from utility_table import Question, Scored, markdown, questions
+
+from wardround.probe.evaluation import Evaluation, Row
+from wardround.probe.scores import Scores
+
+
+@pytest.mark.parametrize("alpha", [None, 0.1])
+def test_patients_stay_whole_and_the_first_site_is_the_largest(alpha: float | None) -> None:
+    patients = np.repeat([f"p{number}" for number in range(200)], 20)
+    labels = np.array(["sick", "well"])[(np.arange(4000) // 20 % 2)]
+    places = deal(labels, patients, alpha, np.random.default_rng(0))
+    for patient in np.unique(patients):
+        assert len(set(places[patients == patient])) == 1
+    names, sizes = np.unique(places, return_counts=True)
+    assert list(names) == ["site1", "site2", "site3", "site4", "site5"]
+    assert list(sizes) == sorted(sizes, reverse=True) and sizes.min() >= LEAST
+
+
+def test_label_skew_puts_a_class_at_few_sites() -> None:
+    patients = np.repeat([f"p{number}" for number in range(200)], 20)
+    labels = np.array(["sick", "well"])[(np.arange(4000) // 20 % 2)]
+    skewed = deal(labels, patients, 0.1, np.random.default_rng(0))
+    largest = [max(np.mean(skewed[labels == one] == site) for site in set(skewed)) for one in ("sick", "well")]
+    assert min(largest) > 0.5  # a fifth where they are dealt at random
+
+
+def scored(arm: str, seed: int, linear: float, **tuned: float) -> Scored:
+    """Return a cell of one linear probe, and of fine-tuning at 1 % where it is given."""
+    rows = [("linear", 1.0, linear), *((probe, 0.01, auc) for probe, auc in tuned.items())]
+    made = [
+        Row(arm, probe, fraction, 1.0, 1, Scores(auc, auc, auc), None, None, None, (), 0.0, None)
+        for probe, fraction, auc in rows
+    ]
+    found = Evaluation(tuple(made), (), (), (), (), (), {}, {}, (), 0, "", None, {})
+    return Scored("mae", "skew", arm, seed, found)
+
+
+def cells() -> dict[str, dict[int, Scored]]:
+    """Return two seeds of a federation that keeps half and then all of what central training gains."""
+    table = {
+        "random": [scored("random", 1, 0.5, scratch=0.5), scored("random", 2, 0.5, scratch=0.6)],
+        "central": [scored("central", 1, 0.9), scored("central", 2, 0.7)],
+        "federated": [scored("federated", 1, 0.7, full=0.6), scored("federated", 2, 0.7, full=0.6)],
+        "site1 alone": [scored("site1 alone", 1, 0.65), scored("site1 alone", 2, 0.75)],
+        "site2 alone": [scored("site2 alone", 1, 0.55), scored("site2 alone", 2, 0.65)],
+    }
+    return {arm: {one.seed: one for one in found} for arm, found in table.items()}
+
+
+def test_what_is_asked_of_a_federation_is_paired_by_seed() -> None:
+    found = {one.text: one for one in questions(cells(), "skew")}
+    kept = found["gain retained: (federated - random) / (central - random)"]
+    assert kept.values == pytest.approx([0.5, 1.0]) and "**missed** by 0.050" in kept.answer
+    joined = found["gain of joining: federated less the mean of the sites alone"]
+    assert joined.values == pytest.approx([0.1, 0.0]) and "(goal +.030: met)" in joined.answer
+    largest = found["federated less the largest site alone (site1)"]
+    assert largest.values == pytest.approx([0.05, -0.05])
+    tuned = found["fine-tuned at 1% of labels: federated less from scratch"]
+    assert tuned.values == pytest.approx([0.1, 0.0])
+    assert "int8 less federated" not in found  # an arm that was not trained is not told of
+
+
+def test_where_central_gains_nothing_the_share_kept_is_not_made_up() -> None:
+    table = cells() | {"central": {1: scored("central", 1, 0.5), 2: scored("central", 2, 0.4)}}
+    (kept,) = (one for one in questions(table, "skew") if one.text.startswith("gain retained"))
+    assert kept.values == [] and kept.answer == "2 seeds where central gains nothing"
+
+
+def test_among_sites_dealt_at_random_central_is_the_bound() -> None:
+    asked = {one.text: one for one in questions(cells(), "iid")}
+    assert asked["federated less central"].least == -0.01
+    assert not any(text.startswith("gain retained") for text in asked)
+
+
+def test_the_page_has_a_line_an_arm_and_the_goals() -> None:
+    machine = {"cores": "2", "cpu": "CPU", "torch": "2"}
+    page = markdown(
+        [one for found in cells().values() for one in found.values()],
+        {"machine": machine, "command": "utility.py", "day": "2026-11-28"},
+    )
+    assert "| federated | .700 ± .000 |" in page
+    assert "- federated less the largest site alone (site1): +.000 ± .635 (goal +.000: met)" in page
+
+
+def test_an_answer_tells_by_how_much_a_goal_is_missed() -> None:
+    assert Question("a", [0.01], least=0.05).answer == "+.010 (goal +.050: **missed** by 0.040)"
