@@ -286,8 +286,7 @@ def arm_of(cell: Cell, folder: Path, given: argparse.Namespace) -> Arm:
 
 def sometimes_away(site: str, cell: Cell) -> Callable[[Message, Context], Message]:
     """Return what answers for the sites, of which one cannot be reached in 30 % of the rounds, drawn by the seed."""
-    rounds = cell.config.training.rounds
-    missed = set(random.Random(cell.seed).sample(range(1, rounds + 1), round(AWAY * rounds)))
+    missed = rounds_away(cell.seed, cell.config.training.rounds)
 
     def answer(message: Message, context: Context) -> Message:
         if int(message.metadata.group_id) in missed and Path(context.node_config["site-config"]).parent.name == site:
@@ -295,6 +294,11 @@ def sometimes_away(site: str, cell: Cell) -> Callable[[Message, Context], Messag
         return client_app(message, context)
 
     return answer
+
+
+def rounds_away(seed: int, rounds: int) -> set[int]:
+    """Return the rounds that the missing site misses, of 1 to `rounds`."""
+    return set(random.Random(seed).sample(range(1, rounds + 1), round(AWAY * rounds)))
 
 
 @cache

@@ -1,12 +1,19 @@
 """The evidence: how patients are dealt to sites, and what the tables conclude from the cells."""
 
+import argparse
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
+import utility
+from conftest import ROOT, write_labelled
 from partitions import LEAST, deal
-from utility_table import Question, Scored, markdown, questions
+from utility_table import Question, Scored, draw, markdown, questions
 
 from wardround.probe.evaluation import Evaluation, Row
 from wardround.probe.scores import Scores
+from wardround.server.run_folder import open_run
 
 
 @pytest.mark.parametrize("alpha", [None, 0.1])
@@ -89,3 +96,48 @@ def test_the_page_has_a_line_an_arm_and_the_goals() -> None:
 
 def test_an_answer_tells_by_how_much_a_goal_is_missed() -> None:
     assert Question("a", [0.01], least=0.05).answer == "+.010 (goal +.050: **missed** by 0.040)"
+
+
+@pytest.mark.slow
+def test_cells_are_trained_once_and_an_absent_site_is_in_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only training shows that each arm's config is one that the platform takes."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(utility, "QUICK_TRAINING", {"rounds": 3, "local_steps": 1, "batch_size": 4, "warmup_steps": 0})
+    write_labelled(tmp_path / "malaria_cells", {"oslo": 20, "lyon": 40}, size=48)
+    given = argparse.Namespace(
+        suite="malaria",
+        data=tmp_path,
+        out=tmp_path / "out",
+        quick=True,
+        seeds=1,
+        methods=["mae"],
+        partitions=["sites"],
+        arms=None,
+        tune=[1.0],
+        device="cpu",
+        jobs=2,
+    )
+    monkeypatch.setattr(utility, "TUNING", utility.Tuning(ways=("full",), epochs=1, least_steps=1))
+    assert [cell.arm for cell in utility.plan(given)][-1] == "lyon alone"  # the largest
+    given.arms = ["random", utility.MISSING]
+    found = []
+    for cell in utility.plan(given):
+        folder = utility.folder_of(cell, given)
+        found.append(Scored(cell.method, cell.partition, cell.arm, cell.seed, utility.score(cell, folder, given)))
+        if cell.arm == utility.MISSING:
+            refused = [open_run(folder / "run").record(number)["refused"] for number in (1, 2, 3)]
+            missed = utility.rounds_away(cell.seed, 3)
+            assert [sorted(one) for one in refused] == [["lyon"] if n in missed else [] for n in (1, 2, 3)]
+            shutil.rmtree(folder / "run")
+        assert utility.score(cell, folder, given) == found[-1].found  # kept, without the run that it was
+    tuned = {one.arm for one in found if one.auc("full", 1.0) is not None}
+    assert tuned == {"random"}
+    draw(found, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_missing_site_misses_a_third_of_the_rounds() -> None:
+    away = utility.rounds_away(seed=1, rounds=10)
+    assert len(away) == 3 and away <= set(range(1, 11)) and away == utility.rounds_away(seed=1, rounds=10)
