@@ -11,7 +11,7 @@ ENGINE ?= $(notdir $(firstword $(shell command -v podman docker)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARCHIVE = wardround-site-$(VERSION).tar.gz
 
-.PHONY: demo test test-fast lint docs matrix audit images containers image-archive setup lock clean
+.PHONY: demo test test-fast lint docs matrix audit evidence images containers image-archive setup lock clean
 
 demo: setup
 	$(BIN)/wardround demo
@@ -43,6 +43,11 @@ matrix: setup
 # What one private run gives away, beside what it claims; a minute. Nightly: the audits of every change are in tests/.
 audit: setup
 	$(BIN)/python benchmarks/audit.py --out benchmarks/results/$$(date +%F)-audit.json
+
+# Federated beside central, local-only and random on real images: ten minutes with ARGS=--quick, else hours without a GPU.
+# DATA is the folder that holds malaria_cells, cxr_pneumonia and bccd_cells: make evidence SUITE=malaria DATA=...
+evidence: setup
+	$(BIN)/python benchmarks/utility.py --suite $(SUITE) --data $(DATA) $(ARGS)
 
 # Two images on one base, 7 GB together. BUILD takes what else the engine is told, such as --build-arg BASE_IMAGE=...
 images:

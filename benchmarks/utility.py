@@ -12,8 +12,8 @@ Arms:  random, raw pixels, central, federated (FedAvg), FedProx, FedAdam, FedEMA
 Cells: method x partition x arm x seed. Each is kept in a folder that its config's digest names: a run that was cut
        goes on, and a changed setting trains only what it changes. --jobs trains several at a time.
 
-Writes SUITE.json, SUITE.md and SUITE.png into --out. --quick: one seed of MAE over the folder's own sites, short: ten
-minutes on two cores. The whole is meant for a GPU, --device cuda --jobs 8.
+Writes SUITE.json, SUITE.md and SUITE.png into --out. --quick: one seed of SimCLR over the folder's own sites, short:
+ten minutes on two cores. The whole is meant for a GPU, --device cuda --jobs 8.
 """
 
 import argparse
@@ -75,23 +75,22 @@ QUICK = ("federated", "int8", MISSING)
 TUNED = ("random", "central", "federated")  # which arms are trained on with labels
 TUNING = Tuning(ways=("full",), epochs=10)
 SAME_CONFIG = ("random", "raw pixels", MISSING)  # as another arm's
-QUICK_TRAINING = {"rounds": 10, "local_steps": 40, "batch_size": 16, "learning_rate": 5e-4, "warmup_steps": 40}
+QUICK_TRAINING = {"rounds": 6, "local_steps": 8, "warmup_steps": 10}
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A labelled folder, what of it is scored, and the federations that pretrain on it."""
+    """A labelled folder, and what of it is scored; federation_configs/SUITE_METHOD.toml pretrain on it."""
 
     folder: str
     label: str
-    configs: dict[str, str]  # method -> file of federation_configs/
-    scored_site: str | None = None  # where the other sites' labels say too little
+    scored_site: str | None  # where the other sites' labels say too little
 
 
 SUITES = {
-    "malaria": Suite("malaria_cells", "label", {"mae": "malaria_mae", "simclr": "malaria_simclr"}),
-    "chest": Suite("cxr_pneumonia", "label3", {"mae": "chest_mae"}, scored_site="guangzhou_paediatric"),
-    "blood": Suite("bccd_cells", "label", {"mae": "blood_mae"}),
+    "malaria": Suite("malaria_cells", "label", scored_site=None),
+    "chest": Suite("cxr_pneumonia", "label3", scored_site="guangzhou_paediatric"),
+    "blood": Suite("bccd_cells", "label", scored_site=None),
 }
 
 
@@ -114,18 +113,19 @@ def main() -> None:
     options.add_argument("--data", type=Path, required=True, help="the folder that holds the suites' folders")
     options.add_argument("--quick", action="store_true")
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--methods", nargs="*", help="some of the suite's")
+    options.add_argument("--methods", nargs="*", default=["simclr", "mae"], choices=["simclr", "mae"])
     options.add_argument("--partitions", nargs="*", default=["sites", "skew", "iid"])
     options.add_argument("--arms", nargs="*", help="some of the arms")
     options.add_argument("--tune", nargs="*", type=float, default=[0.01, 0.1, 1.0], help="fractions to fine-tune at")
     options.add_argument("--out", type=Path, default=Path("runs/utility"))
     options.add_argument("--device", default="cpu")
+    options.add_argument("--only-kept", action="store_true", help="train nothing: tell what is there")
     options.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
     given = options.parse_args()
     if given.quick:
-        given.seeds, given.partitions, given.methods, given.tune = 1, ["sites"], ["mae"], []
+        given.seeds, given.partitions, given.methods, given.tune = 1, ["sites"], ["simclr"], []
     console = Console()
-    cells = list(plan(given))
+    cells = [one for one in plan(given) if not given.only_kept or (folder_of(one, given) / "scores.json").exists()]
     scores = score_all(cells, given, console)
     scored = [Scored(one.method, one.partition, one.arm, one.seed, scores[folder_of(one, given)]) for one in cells]
     for table in tables(scored):
@@ -145,10 +145,8 @@ def plan(given: argparse.Namespace) -> Iterator[Cell]:
     suite = SUITES[given.suite]
     folder = given.data / suite.folder
     for seed in range(1, given.seeds + 1):
-        for method, name in suite.configs.items():
-            if given.methods and method not in given.methods:
-                continue
-            base = tomllib.loads(Path(f"federation_configs/{name}.toml").read_text()) | {"seed": seed}
+        for method in given.methods:
+            base = tomllib.loads(Path(f"federation_configs/{given.suite}_{method}.toml").read_text()) | {"seed": seed}
             if given.quick:
                 base["training"] |= QUICK_TRAINING
             for how in given.partitions:

@@ -112,7 +112,7 @@ def test_cells_are_trained_once_and_an_absent_site_is_in_the_record(
         out=tmp_path / "out",
         quick=True,
         seeds=1,
-        methods=["mae"],
+        methods=["simclr"],
         partitions=["sites"],
         arms=None,
         tune=[1.0],
