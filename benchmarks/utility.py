@@ -25,11 +25,11 @@ import multiprocessing
 import os
 import random
 import sys
-import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
@@ -41,6 +41,7 @@ from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
 from partitions import partition
 from rich.console import Console
+from tqdm import tqdm
 from utility_table import Scored, draw, markdown, tables
 from views import machine
 
@@ -126,7 +127,7 @@ def main() -> None:
         given.seeds, given.partitions, given.methods, given.tune = 1, ["sites"], ["simclr"], []
     console = Console()
     cells = [one for one in plan(given) if not given.only_kept or (folder_of(one, given) / "scores.json").exists()]
-    scores = score_all(cells, given, console)
+    scores = score_all(cells, given)
     scored = [Scored(one.method, one.partition, one.arm, one.seed, scores[folder_of(one, given)]) for one in cells]
     for table in tables(scored):
         console.print(table)
@@ -211,22 +212,20 @@ def patients(data: Path) -> dict[str, int]:
     return {site: count // 5 * 5 or count for site, count in counted.items()}
 
 
-def score_all(cells: list[Cell], given: argparse.Namespace, console: Console) -> dict[Path, Evaluation]:
+def score_all(cells: list[Cell], given: argparse.Namespace) -> dict[Path, Evaluation]:
     """Return the scores of all cells by folder; what several cells share, such as the random start, is made once."""
     wanted = {folder_of(cell, given): cell for cell in cells}
     found: dict[Path, Evaluation] = {}
-    begin, context = time.monotonic(), multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(given.jobs, context, share_cores, (given.jobs,)) as workers:
         waiting = {workers.submit(score, cell, folder, given): folder for folder, cell in wanted.items()}
-        for done in as_completed(waiting):
+        for done in tqdm(as_completed(waiting), "cells", len(waiting), unit="cell", disable=None):
             folder = waiting[done]
             cell, found[folder] = wanted[folder], done.result()
             auc = Scored(cell.method, cell.partition, cell.arm, cell.seed, found[folder]).auc("linear", 1.0)
-            left = (time.monotonic() - begin) / len(found) * (len(wanted) - len(found)) / 60
-            console.print(
-                f"[{len(found)}/{len(wanted)}] {cell.method}, {cell.partition}, {cell.arm}, seed {cell.seed}: linear "
-                f"AUC {auc:.3f}; about {left:.0f} min left",
-                markup=False,
+            tqdm.write(
+                f"[{len(found)}/{len(wanted)}] {cell.method}, {cell.partition}, {cell.arm}, seed {cell.seed}: "
+                f"linear AUC {auc:.3f}"
             )
     return found
 
@@ -278,7 +277,9 @@ def arm_of(cell: Cell, folder: Path, given: argparse.Namespace) -> Arm:
         client = sometimes_away(sorted(labelled_sites(cell.data))[0], cell) if cell.arm == MISSING else client_app
         own = f"mlflow-{multiprocessing.current_process().name}.db"  # SQLite takes one writer at a time
         tracking = f"sqlite:///{(given.out / own).resolve()}"
-        simulate(cell.config, cell.data, folder, tracking, threads(given.jobs), client)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / "run.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            simulate(cell.config, cell.data, folder, tracking, threads(given.jobs), client)
     return release_arm(folder / "release", device=given.device)
 
 
