@@ -261,9 +261,10 @@ def score(cell: Cell, folder: Path, given: argparse.Namespace) -> Evaluation:
         return Evaluation.from_json(kept.read_text())
 
     found = measured("scores.json", FRACTIONS, Tuning(ways=()), 5)
-    if cell.arm not in TUNED or not given.tune:
+    file = f"tuned-{'-'.join(map(str, given.tune))}.json"
+    if cell.arm not in TUNED or not given.tune or (given.only_kept and not (folder / file).exists()):
         return found
-    tuned = measured(f"tuned-{'-'.join(map(str, given.tune))}.json", tuple(given.tune), TUNING, 3)
+    tuned = measured(file, tuple(given.tune), TUNING, 3)
     return replace(found, rows=(*found.rows, *(row for row in tuned.rows if row.probe not in PROBES)))
 
 

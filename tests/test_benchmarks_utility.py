@@ -116,6 +116,7 @@ def test_cells_are_trained_once_and_an_absent_site_is_in_the_record(
         partitions=["sites"],
         arms=None,
         tune=[1.0],
+        only_kept=False,
         device="cpu",
         jobs=2,
     )
