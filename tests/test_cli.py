@@ -1,9 +1,11 @@
 """The command as a person meets it: wrong input is one line on stderr and exit 2."""
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import ROOT, TINY, merged, to_toml, write_labelled
 from warm import program
 
@@ -112,6 +114,31 @@ def test_a_backbone_that_is_not_there_shows_the_nearest_name(tmp_path: Path) -> 
 def test_a_registry_that_cannot_be_reached(tmp_path: Path) -> None:
     line = error_of(wardround("pull", "x@candidate", "--to", tmp_path / "out", "--tracking", "http://127.0.0.1:9"))
     assert "127.0.0.1:9" in line
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "check BAD",
+        "simulate BAD --data x --out y",
+        "constants BAD --data x",
+        "coordinate BAD --kit x --out y",
+        "provision BAD",
+        "site check BAD BAD",
+        "site check SITE BAD",
+        "site approve BAD",
+        "site run BAD",
+        "site log BAD",
+        "site ledger BAD",
+    ],
+)
+def test_a_file_that_does_not_parse_is_refused_before_torch_is_loaded(tmp_path: Path, command: str) -> None:
+    """Which takes seconds; here it cannot be imported at all."""
+    (tmp_path / "BAD").write_text("format = ")
+    (tmp_path / "SITE").write_text('format = 1\nname = "lyon"\nwork = "work"\n\n[images]\nfolder = "images"\n')
+    code = "import sys; sys.modules['torch'] = None; from wardround.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert "BAD: is not valid TOML" in error_of(done)
 
 
 def test_debug_shows_the_trace(tmp_path: Path) -> None:

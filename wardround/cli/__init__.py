@@ -1,4 +1,7 @@
-"""The command `wardround`: a module for each who types it, one function a command, no logic."""
+"""The command `wardround`: a module for each who types it, one function a command, no logic.
+
+A command reads the files that a person wrote before it imports torch: a slip is told at once.
+"""
 
 import sys
 from typing import Annotated

@@ -16,11 +16,14 @@ def check(
 ) -> None:
     """Say what a config resolves to: protocol digest, sizes, bytes a round, memory, time, and privacy spent."""
     from wardround.config import FederationConfig, read_toml
+
+    federation = read_toml(config, FederationConfig)
+
     from wardround.plan import budgets, cost, resolve
     from wardround.report.curves import draw_epsilon
     from wardround.report.tables import budget_table, plan_table
 
-    plan = resolve(read_toml(config, FederationConfig))
+    plan = resolve(federation)
     if digest:
         typer.echo(plan.digest)
         return
@@ -40,10 +43,12 @@ def simulate(
 ) -> None:
     """Run a whole federation in this process, over the sites of a folder."""
     from wardround.config import FederationConfig, read_toml
+
+    federation = read_toml(config, FederationConfig)
+
     from wardround.report.tables import index_table, left_out_lines, rounds_table
     from wardround.simulate import index_sites, simulate
 
-    federation = read_toml(config, FederationConfig)
     console = Console()
     sites = index_sites(federation, data, out, threads)
     console.print(index_table(sites))
@@ -65,9 +70,12 @@ def demo(out: Out = Path("runs/demo"), tracking: Tracking = None) -> None:
 def constants(config: Config, data: Data) -> None:
     """Compute the mean and std of a config's data section on a public labelled folder."""
     from wardround.config import FederationConfig, read_toml
+
+    federation = read_toml(config, FederationConfig)
+
     from wardround.data import channel_constants
 
-    mean, std = channel_constants(data, read_toml(config, FederationConfig).data)
+    mean, std = channel_constants(data, federation.data)
     typer.echo(f"mean = {[round(value, 4) for value in mean]}\nstd = {[round(value, 4) for value in std]}")
 
 
@@ -96,10 +104,10 @@ def coordinate(
     from wardround.server.metrics import serving
     from wardround.server.superlink import coordinate
 
+    name = read_toml(config, FederationConfig).name
     port = port or int(read_membership(kit).address.rpartition(":")[2])
     with serving(out, metrics):
         coordinate(config, kit, out, port, tracking or default_tracking(), host)
-    name = read_toml(config, FederationConfig).name
     say_next(
         f"wardround report {out}",
         f"wardround evaluate {out} --data A_LABELLED_FOLDER",

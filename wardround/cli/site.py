@@ -38,12 +38,14 @@ def site_check(
 
     Ends with 0 where all is well, 3 where there are warnings, 2 where there are problems.
     """
-    from wardround.client.check import check, raise_for, to_do, worst
     from wardround.config import FederationConfig, read_site, read_toml
+
+    own, federation = read_site(site), read_toml(config, FederationConfig)
+
+    from wardround.client.check import check, raise_for, to_do, worst
     from wardround.report.tables import check_table, left_out_lines
 
-    own = read_site(site)
-    found, images = check(own, site, read_toml(config, FederationConfig))
+    found, images = check(own, site, federation)
     lines = left_out_lines({own.name: images}, most=1000) if images else []
     if as_json:
         said = {"severity": worst(found), "findings": [one._asdict() for one in found], "left_out": lines}
@@ -67,12 +69,14 @@ def site_approve(
     by: Annotated[str | None, typer.Option(help="Who agrees; default: this account.")] = None,
 ) -> None:
     """Show in plain words what a protocol does here, and approve it; without one, list what waits for approval."""
-    from wardround.client import approval, policy
-    from wardround.client.charge import ledger_of
     from wardround.config import read_site
-    from wardround.report.agreement import agreement_table
 
     own = read_site(site)
+
+    from wardround.client import approval, policy
+    from wardround.client.charge import ledger_of
+    from wardround.report.agreement import agreement_table
+
     if protocol is None:
         typer.echo("\n".join(approval.lines(own)))
         return
