@@ -17,7 +17,6 @@ from conftest import ROOT, tiny, write_labelled
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from rich.console import Console
 from warm import program
 
 from wardround import simulate as simulation
@@ -28,7 +27,7 @@ from wardround.errors import CheckpointError, WardroundError
 from wardround.privacy.accounting import epsilon
 from wardround.privacy.ledger import Ledger
 from wardround.provision import provision
-from wardround.report.audit import audit_table
+from wardround.report.audit import log_lines
 from wardround.server.rounds import tasks_of
 from wardround.server.run_folder import open_run
 from wardround.server.tracking import audit_lines
@@ -170,10 +169,10 @@ def test_the_command_shows_verifies_and_ends_with_2_on_a_cut_log(copied: AuditLo
     toml = copied.work / "site.toml"
     shown = wardround("site", "log", toml, "--last", "2")
     assert shown.returncode == 0, shown.stderr
-    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.stdout.splitlines() if "│" in line]
-    assert [(row[0], row[2], row[3], row[4]) for row in table] == [
-        ("3", "in", "task", "2"),
-        ("4", "out", "update", "2"),
+    words = [line.split() for line in shown.stdout.splitlines()]
+    assert [row[:1] + row[2:5] for row in words if row[0] in ("2", "3", "4")] == [
+        ["3", "in", "task", "2"],
+        ["4", "out", "update", "2"],
     ]
     machine = json.loads(wardround("site", "log", toml, "--all", "--json").stdout)
     assert [row["seq"] for row in machine] == [1, 2, 3, 4] and all(len(row["sha256"]) == 64 for row in machine)
@@ -256,10 +255,24 @@ def test_what_a_private_round_spent_stands_beside_its_update(tmp_path: Path) -> 
 
 def test_a_person_reads_an_epsilon_that_is_rounded_up_and_under_what_it_is_meant() -> None:
     row = Row(1, "a" * 64, "2026-01-01T00:00:00Z", Crossing("out", "peer", "update", 1, "d" * 16, 1, "b" * 64, 3.1411))
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(audit_table([row.flat()]))
-    shown = console.export_text()
-    assert "3.142" in shown and "adding or removing one of its units" in shown
+    shown = "\n".join(log_lines([row.flat()]))
+    assert "3.142" in shown and "adding or removing one of its\nunits" in shown
+
+
+def test_a_row_is_one_line_of_a_terminal_of_80_columns_below_its_day_and_peer() -> None:
+    widest = Crossing("out", "SHA256:" + "k" * 43, "refusal: training", 99_999, "d" * 16, 999_999_999, "b" * 64, 123.456)
+    unsigned = Crossing("in", "", "unreadable", 0, "", 12, "c" * 64)
+    days = ["2026-01-01T23:59:59Z", "2026-01-01T23:59:59Z", "2026-01-02T00:00:00Z"]
+    rows = [Row(9_997 + number, "a" * 64, day, widest).flat() for number, day in enumerate(days)]
+    lines = log_lines([*rows, Row(10_000, "a" * 64, days[2], unsigned).flat()])
+    assert max(len(line) for text in lines for line in text.splitlines()) <= 80
+    (kind,) = {line.index("refusal") for line in lines if "refusal" in line}
+    assert lines[1].index("kind") == kind  # below its head
+    assert [line for line in lines if line.startswith("2026")] == [
+        "2026-01-01, with the coordinator of key kkkkkkkk",
+        "2026-01-02, with the coordinator of key kkkkkkkk",
+        "2026-01-02, with nobody known: the coordinator had not signed it",
+    ]
 
 
 def heads(*lengths: int) -> list[dict[str, dict[str, Any]]]:

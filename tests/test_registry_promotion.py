@@ -228,8 +228,8 @@ def test_a_registry_that_is_down_is_said_to_be() -> None:
             rollback(store, "lungs", "Ada", "x", None)
 
 
-def text(thing: Any) -> str:
-    console = Console(width=200)
+def text(thing: Any, width: int = 200) -> str:
+    console = Console(width=width)
     with console.capture() as captured:
         console.print(thing)
     return captured.get()
@@ -258,8 +258,16 @@ def test_the_table_of_models_has_aliases_floors_privacy_and_whether_it_is_signed
     bare = write_release(name.home / "bare", name.name, 2, key=None)
     name.store.register(bare, name.name, "old", None, {}, {})
     lines = text(models_table(name.store.models(name.name))).splitlines()
-    first = next(line for line in lines if "candidate" in line)
-    assert "0.800" in first and "epsilon 2.501, add or remove one patient, delta 1e-05" in first and " yes " in first
-    assert any("random 0.600" in line for line in lines) and any("raw pixels 0.500" in line for line in lines)
-    old = next(line for line in lines if " old " in line)
-    assert "not measured" in old and "not said" in old and " no " in old
+
+    def row(alias: str) -> list[str]:
+        (start,) = [number for number, line in enumerate(lines) if f" {alias} " in line]
+        return lines[start : start + 3]
+
+    first, below, last = row("candidate")
+    assert "0.800" in first and "epsilon 2.501, add or remove one patient, delta 1e-05" in first
+    assert below.split() == ["round", "4", "random", "0.600", "signed"] and last.split() == ["raw", "pixels", "0.500"]
+    old, beside, *_ = row("old")
+    assert "not measured" in old and "not said" in old and beside.split() == ["not", "signed"]
+    narrow = text(models_table(name.store.models(name.name)), width=80).splitlines()
+    assert all(any(word in line for line in narrow) for word in (f"{name.name}/1", "candidate", "raw pixels 0.500"))
+    assert max(map(len, narrow)) <= 80

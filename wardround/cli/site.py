@@ -115,12 +115,12 @@ def site_log(
     """Print what came in and what left, newest last; check that nothing was altered or cut."""
     from wardround.client.audit import AuditLog
     from wardround.config import read_site
-    from wardround.report.audit import audit_json, audit_table
+    from wardround.report.audit import audit_json, log_lines
 
     log = AuditLog(read_site(site).work)
     if not verify:
         rows = [row.flat() for row in log.rows()[0][0 if everything else -last :]]
-        typer.echo(audit_json(rows)) if as_json else Console().print(audit_table(rows))
+        typer.echo(audit_json(rows) if as_json else "\n".join(log_lines(rows)))
     rows_held, heads = log.verified()
     if not as_json:
         typer.echo(f"The chain of {len(rows_held)} rows is whole, with {heads} heads that left with updates kept here.")

@@ -13,21 +13,20 @@ from wardround.registry.promotion import Examined
 
 def models_table(rows: Sequence[ModelRow]) -> Table:
     """Return the registered backbones: which is the champion, how it probes beside the floors, what it promises."""
-    names = ("name", "version", "aliases", "round", "linear probe", "privacy", "signed", "date")
-    made = Table(title="Registered backbones", title_justify="left", title_style="bold", header_style="bold")
-    for name in names:  # which are to be copied whole
-        made.add_column(name, overflow="fold", no_wrap=name in ("aliases", "linear probe", "date"))
+    made = Table("backbone", title="Registered backbones", title_justify="left", title_style="bold", box=None)
+    made.padding, made.pad_edge, made.columns[0].overflow = (0, 2, 1, 0), False, "fold"
+    for name in ("aliases", "linear probe"):  # walls and more columns would fold these in a terminal of 80
+        made.add_column(name, no_wrap=True)
+    made.add_column("privacy", min_width=16)
+    made.add_column("released", no_wrap=True)
     for row in rows:
         probe: dict[str, float] = json.loads(row.tags.get("probe", "{}"))
         cells = [
-            row.name,
-            row.version,
+            f"{row.name}/{row.version}" + ("" if row.round is None else f"\nround {row.round}"),
             "\n".join(row.aliases),
-            "" if row.round is None else str(row.round),
             scores(probe) if probe else "not measured",
             row.tags.get("privacy", "not said"),
-            "yes" if "signed_by" in row.tags else "no",
-            f"{row.when:%Y-%m-%d}",
+            f"{row.when:%Y-%m-%d}\n{'' if 'signed_by' in row.tags else 'not '}signed",
         ]
         made.add_row(*map(escape, cells))
     return made
