@@ -1,6 +1,5 @@
 """The audit log: every message in and out of a site is in it before the answer leaves, and nothing in it changes."""
 
-import io
 import json
 import os
 import shutil
@@ -260,7 +259,9 @@ def test_a_person_reads_an_epsilon_that_is_rounded_up_and_under_what_it_is_meant
 
 
 def test_a_row_is_one_line_of_a_terminal_of_80_columns_below_its_day_and_peer() -> None:
-    widest = Crossing("out", "SHA256:" + "k" * 43, "refusal: training", 99_999, "d" * 16, 999_999_999, "b" * 64, 123.456)
+    widest = Crossing(
+        "out", "SHA256:" + "k" * 43, "refusal: training", 99_999, "d" * 16, 999_999_999, "b" * 64, 123.456
+    )
     unsigned = Crossing("in", "", "unreadable", 0, "", 12, "c" * 64)
     days = ["2026-01-01T23:59:59Z", "2026-01-01T23:59:59Z", "2026-01-02T00:00:00Z"]
     rows = [Row(9_997 + number, "a" * 64, day, widest).flat() for number, day in enumerate(days)]

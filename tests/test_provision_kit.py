@@ -120,6 +120,8 @@ def test_what_is_made_can_be_read_by_nobody_else(kits: Path) -> None:
     files = [path for path in kits.rglob("*") if path.is_file()]
     assert len([path for path in files if path.suffix == ".key"]) == 6
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    init(kits / "wien", "wien")
+    assert {stat.S_IMODE((kits / name).stat().st_mode) for name in ("coordinator", "lyon", "wien")} == {0o700}
 
 
 def test_a_sites_key_is_what_flower_takes_and_the_coordinator_holds_its_public_half(kits: Path) -> None:

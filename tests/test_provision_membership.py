@@ -39,6 +39,12 @@ def test_what_nobody_changed_is_not_signed_again(kits: Path) -> None:
     assert (kits / "coordinator" / "membership.json").read_bytes() == before
 
 
+def test_all_sites_that_join_at_once_are_one_version(kits: Path) -> None:
+    assert read_membership(kits / "coordinator").version == 1
+    provision(tiny(), kits, ["lyon", "oslo", "pisa", "wien"])
+    assert read_membership(kits / "coordinator").version == 2
+
+
 @pytest.mark.parametrize(
     "change", [{"address": "evil:1"}, {"version": 99}, {"revoked": {}}, {"settings": {"min_sites": 1}}, {"keys": {}}]
 )
@@ -192,7 +198,7 @@ def test_an_older_membership_does_not_let_a_revoked_site_in_again(kits: Path) ->
     revoke(kits, "lyon")
     assert list(run_of(kits).members) == ["oslo"]
     path.write_bytes(old)
-    with pytest.raises(CheckpointError, match=r"its membership is version 3, and run folder .* has taken over 4"):
+    with pytest.raises(CheckpointError, match=r"its membership is version 1, and run folder .* has taken over 2"):
         run_of(kits)
     assert list(open_run(kits.parent / "run").members) == ["oslo"]
 

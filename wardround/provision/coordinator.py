@@ -9,12 +9,11 @@ Nothing that exists is written over but the last two, which say what the federat
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from wardround.config import FederationConfig
 from wardround.errors import ConfigError
 from wardround.provision import certificates, keys
-from wardround.registry.durable import write_file
+from wardround.registry.durable import private_folder, write_file
 from wardround.registry.signing import KEY, release_key
 from wardround.server.membership import FILE, Membership, check_declared, read_membership, write_membership
 from wardround.signatures import certificate_names
@@ -35,16 +34,29 @@ def prepare(config: FederationConfig, out: Path, address: str | None = None) -> 
     `address` is what sites connect to: unless given, that of the last call, or the first of [membership]
     server_names. Raises ConfigError where it, or a file that exists, does not fit.
     """
+    return seal(config, out, *begin(config, out, address))
+
+
+def begin(config: FederationConfig, out: Path, address: str | None) -> tuple[Membership | None, Membership]:
+    """Make what a kit is made from; return the membership that is signed, if any, and the next, not signed yet."""
     home = folder(out)
     before = read_membership(home) if (home / FILE).exists() else None
     if before is not None and before.federation != config.name:
         raise ConfigError(f"{home}: is of federation '{before.federation}', not '{config.name}'; give another --out.")
     address = address or (before.address if before else f"{config.membership.server_names[0]}:{_PORT}")
-    _certify(config, home, address)
+    hosts = _hosts(config, address)
+    private_folder(home)
+    _certify(config.name, home, hosts)
     keys.tls_key(home / "signing.key")
     release_key(home / KEY)
-    membership = sign(config, out, before, address=address)
-    write_file(home / "federation.json", config.model_dump_json(indent=1).encode())
+    first = Membership(federation=config.name, version=1, address="", settings=config.membership, keys={})
+    return before, (before or first).model_copy(update={"address": address, "settings": config.membership})
+
+
+def seal(config: FederationConfig, out: Path, before: Membership | None, after: Membership) -> Membership:
+    """Sign a membership with all the sites that joined, as one version; from here on it holds."""
+    membership = sign(config, out, before, after)
+    write_file(folder(out) / "federation.json", config.model_dump_json(indent=1).encode())
     return membership
 
 
@@ -59,17 +71,15 @@ def known(out: Path) -> tuple[FederationConfig, Membership]:
     return config.model_copy(update={"membership": membership.settings}), membership
 
 
-def sign(config: FederationConfig, out: Path, before: Membership | None, **changes: Any) -> Membership:
-    """Sign the next version of a membership, if anything of it has changed, and return it.
+def sign(config: FederationConfig, out: Path, before: Membership | None, after: Membership) -> Membership:
+    """Sign what comes after a membership as its next version, if anything has changed, and return it.
 
     Raises ConfigError where declared numbers do not carry the privacy that is promised to its sites.
     """
-    first = Membership(federation=config.name, version=1, address="", settings=config.membership, keys={})
-    last = before or first
-    after = last.model_copy(update={**changes, "settings": config.membership})
+    after = after.model_copy(update={"settings": config.membership})
     check_declared(config, after.active)
     if before is None or after != before:
-        after = after.model_copy(update={"version": last.version + (before is not None)})
+        after = after.model_copy(update={"version": 1 if before is None else before.version + 1})
         write_membership(folder(out), after)
     return after
 
@@ -88,13 +98,13 @@ def owner_of(membership: Membership, line: str) -> str | None:
     return owners.get(line.rsplit(" ", 1)[0])
 
 
-def _certify(config: FederationConfig, home: Path, address: str) -> None:
-    hosts, server = _hosts(config, address), home / "server.crt"
+def _certify(federation: str, home: Path, hosts: list[str]) -> None:
+    server = home / "server.crt"
     if server.exists() and (missing := set(hosts) - certificate_names(server.read_bytes())):
         raise ConfigError(f"{server}: is not for {', '.join(sorted(missing))}; move it away, and a new one is issued.")
     ca, ca_key = home / "ca.crt", keys.tls_key(home / "ca.key")
     if not ca.exists():
-        write_file(ca, certificates.authority(config.name, ca_key))
+        write_file(ca, certificates.authority(federation, ca_key))
     keys.tls_key(home / "server.key")
     if not server.exists():
         _write_certificate(home, hosts)

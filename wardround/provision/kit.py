@@ -19,8 +19,8 @@ from wardround.client.kit import KIND, SIGNATURE, SUMS, UNSIGNED
 from wardround.config import FederationConfig
 from wardround.errors import ConfigError
 from wardround.provision import keys, request
-from wardround.provision.coordinator import folder, known, owner_of, prepare, sign
-from wardround.registry.durable import write_file
+from wardround.provision.coordinator import begin, folder, known, owner_of, seal, sign
+from wardround.registry.durable import private_folder, write_file
 from wardround.registry.signing import KEY, release_key
 from wardround.server.membership import Membership, check_declared, public_key, signing_key
 from wardround.signatures import fingerprint
@@ -37,11 +37,11 @@ def provision(config: FederationConfig, out: Path, sites: Sequence[str] = (), ad
     """
     names = _names(config, sites)
     check_declared(config, names)
-    membership = prepare(config, out, address)
+    before, after = begin(config, out, address)
     for site in names:
-        if site not in membership.gone and (site not in membership.keys or (out / site).exists()):
-            membership = _join(config, out, membership, site)
-    return membership
+        if site not in after.gone and (site not in after.keys or (out / site).exists()):
+            after = _join(config, out, after, site)
+    return seal(config, out, before, after)
 
 
 def add(out: Path, site: str) -> Path:
@@ -50,7 +50,7 @@ def add(out: Path, site: str) -> Path:
     _names(config, [site])
     if site in membership.keys:
         raise ConfigError(f"site '{site}': takes part already; 'wardround provision rotate {site}' gives it a new key.")
-    _join(config, out, membership, site)
+    sign(config, out, membership, _join(config, out, membership, site))
     return out / site
 
 
@@ -65,26 +65,26 @@ def answer(out: Path, path: Path) -> Path:
             f"{path}: site '{site}' takes part with another key, {fingerprint(public_key(line))}; where it asked for "
             f"a new one, 'wardround provision rotate {path}'."
         )
-    _join(config, out, membership, site, key)
+    sign(config, out, membership, _join(config, out, membership, site, key))
     return out / site
 
 
 def revoke(out: Path, site: str) -> Membership:
     """Take a site's key back, for good."""
     config, membership = known(out)
-    return sign(config, out, membership, **_without(membership, site))
+    return sign(config, out, membership, _without(membership, site))
 
 
 def rotate(out: Path, who: str) -> Path:
     """Give a site another key: one made here, for its name; that of a request, for its file. Return the new kit."""
     config, membership = known(out)
     site, key = request.read(Path(who)) if Path(who).suffix == ".csr" else (who, None)
-    changes = _without(membership, site)
+    without = _without(membership, site)
     if key is not None and public_key(membership.keys[site]) == key:
         raise ConfigError(f"{who}: has the key that site '{site}' has already; let it make another one first.")
     if (out / site).exists():
         raise ConfigError(f"{out / site}: is the kit with the key of before; move it away first.")
-    _join(config, out, membership.model_copy(update=changes), site, key)
+    sign(config, out, membership, _join(config, out, without, site, key))
     return out / site
 
 
@@ -119,9 +119,13 @@ def _names(config: FederationConfig, sites: Sequence[str]) -> list[str]:
 def _join(
     config: FederationConfig, out: Path, membership: Membership, site: str, key: EllipticCurvePublicKey | None = None
 ) -> Membership:
-    """Make what is missing of a site's kit, and sign that it takes part; `key` is the site's own, where it has one."""
+    """Make what is missing of a site's kit; return the membership with it, to be signed.
+
+    `key` is the site's own, where it has one.
+    """
     home, given = out / site, membership.keys.get(site)
     check_declared(config, {*membership.active, site})
+    private_folder(home)
     if key is None and given is not None and not (home / "site.key").exists():
         key = public_key(given)  # made at the site
     own = key or keys.site_key(home / "site.key").public_key()
@@ -136,7 +140,7 @@ def _join(
             "let the site make another."
         )
     _write(config, out, membership.address, site, line)
-    return sign(config, out, membership, keys={**membership.keys, site: line})
+    return membership.model_copy(update={"keys": {**membership.keys, site: line}})
 
 
 def _write(config: FederationConfig, out: Path, address: str, site: str, line: str) -> None:
@@ -159,12 +163,13 @@ def _write(config: FederationConfig, out: Path, address: str, site: str, line: s
         write_file(home / SIGNATURE, signed(signing_key(coordinator), KIND, sums))
 
 
-def _without(membership: Membership, site: str) -> dict[str, dict[str, str]]:
-    """Return what of a membership changes where a site's key is taken back."""
+def _without(membership: Membership, site: str) -> Membership:
+    """Return a membership in which a site's key is taken back."""
     if site not in membership.keys:
         raise ConfigError(f"site '{site}': has no key; sites with one: {', '.join(sorted(membership.keys)) or 'none'}.")
     left = {name: line for name, line in membership.keys.items() if name != site}
-    return {"keys": left, "revoked": {**membership.revoked, fingerprint(public_key(membership.keys[site])): site}}
+    revoked = {**membership.revoked, fingerprint(public_key(membership.keys[site])): site}
+    return membership.model_copy(update={"keys": left, "revoked": revoked})
 
 
 def _fill(template: str, names: dict[str, str]) -> bytes:

@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 
 from wardround.errors import ConfigError
 from wardround.provision import keys
-from wardround.registry.durable import write_file
+from wardround.registry.durable import private_folder, write_file
 
 
 def init(folder: Path, site: str) -> tuple[Path, EllipticCurvePublicKey]:
@@ -22,6 +22,7 @@ def init(folder: Path, site: str) -> tuple[Path, EllipticCurvePublicKey]:
     A key that is there is kept. Raises ConfigError where the name is none.
     """
     keys.check_name(site)
+    private_folder(folder)
     key = keys.site_key(folder / "site.key")
     path = folder / f"{site}.csr"
     if not path.exists() or public_key(path) != key.public_key():

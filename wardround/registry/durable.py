@@ -24,6 +24,12 @@ def write_tensors(path: Path, tensors: State, header: Mapping[str, Any] | None =
         pack_file(aside, tensors, header or {})
 
 
+def private_folder(path: Path) -> None:
+    """Make a folder that no other account enters, mode 0700; one that is there stays as it is."""
+    with _disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Give an empty file to write into, mode 0600; leaving the block fsyncs it and renames it to `path`."""
