@@ -53,6 +53,16 @@ def test_an_unknown_key(tmp_path: Path) -> None:
     assert "did you mean 'local_steps'?" in error_of(wardround("check", config(tmp_path, training={"local_stops": 3})))
 
 
+@pytest.mark.parametrize("command", ["check", "simulate", "site approve site.toml"])
+def test_a_network_that_cannot_be_built_is_told_with_the_files_name(tmp_path: Path, command: str) -> None:
+    path = config(tmp_path, backbone={"name": "vit_tiny_patch16_225"})
+    (tmp_path / "site.toml").write_text('format = 1\nname = "lyon"\nwork = "work"\n[images]\nfolder = "images"\n')
+    write_labelled(tmp_path / "data", {"lyon": 10})
+    more = ["--data", tmp_path / "data", "--out", tmp_path / "run"] if command == "simulate" else []
+    line = error_of(wardround(*command.split(), path, *more, cwd=tmp_path))
+    assert f"{path}: [backbone] name = 'vit_tiny_patch16_225': " in line
+
+
 def test_a_data_folder_that_is_not_there(tmp_path: Path) -> None:
     assert "is no folder; give --data" in error_of(simulate(tmp_path, tmp_path / "absent"))
 

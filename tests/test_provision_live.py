@@ -182,6 +182,8 @@ def test_a_second_container_with_one_identity_stays_out_and_says_so(federation: 
     federation.start("twin", "site", "run", twin / "site.toml")
     federation.hears("twin", "tries again in")
     assert "another container" in federation.said("twin")
+    log = (twin / "work" / "logs" / "node.log").read_text()
+    assert "another container" in log and "Traceback" not in log
     assert federation.said("lyon").count("is connected") == 1
     federation.folds("lyon", "oslo", "pisa")
     federation.leave("twin")

@@ -9,8 +9,11 @@ import torch
 from conftest import tiny
 
 from wardround import ssl as methods
+from wardround.downstream.evaluate import Request, evaluate_backbone
 from wardround.downstream.load import load_backbone
+from wardround.errors import ConfigError
 from wardround.server.run_folder import RunFolder
+from wardround.server.scoring import refuse_unfit
 from wardround.simulate import index_sites, simulate
 from wardround.update import state_hash
 
@@ -68,6 +71,14 @@ def test_the_release_is_the_encoder_that_was_trained(run: RunFolder) -> None:
     cubes = torch.rand(2, 1, 16, 16, 16)
     with torch.no_grad():
         assert torch.equal(load_backbone(run.path / "release")(cubes), method.backbone.eval().features(cubes))
+
+
+def test_what_probes_flat_images_alone_says_so_and_what_to_do(run: RunFolder, tmp_path: Path) -> None:
+    asked = Request(source=str(run.path), data=tmp_path)
+    with pytest.raises(ConfigError, match=r"is one of volumes, and only .* are probed. Measure it in MONAI"):
+        evaluate_backbone(asked)
+    with pytest.raises(ConfigError, match=r"is of volumes, .* measure the release in MONAI"):
+        refuse_unfit(run)
 
 
 def test_sites_are_indexed_before_training(data: Path, tmp_path: Path) -> None:

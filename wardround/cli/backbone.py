@@ -336,12 +336,12 @@ def _ask_sites(folder: Path, kit: Path | None, host: str, out: Path | None) -> N
     from wardround.report.asked import asked_table
     from wardround.server.membership import read_membership
     from wardround.server.run_folder import open_run
-    from wardround.server.scoring import read_asked, refuse_private
+    from wardround.server.scoring import read_asked, refuse_unfit
     from wardround.server.superlink import evaluate as ask_over_network
     from wardround.simulate import ask_sites
 
     run = open_run(folder)
-    refuse_private(run)
+    refuse_unfit(run)
     if kit is None:
         asked = ask_sites(run)
     else:

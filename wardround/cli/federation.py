@@ -15,7 +15,7 @@ def check(
     curve: Annotated[Path | None, typer.Option(help="Draw epsilon over rounds here, as PNG.")] = None,
 ) -> None:
     """Say what a config resolves to: protocol digest, sizes, bytes a round, memory, time, and privacy spent."""
-    from wardround.config import FederationConfig, read_toml
+    from wardround.config import FederationConfig, named, read_toml
 
     federation = read_toml(config, FederationConfig)
 
@@ -23,7 +23,8 @@ def check(
     from wardround.report.curves import draw_epsilon
     from wardround.report.tables import budget_table, plan_table
 
-    plan = resolve(federation)
+    with named(config):
+        plan = resolve(federation)
     if digest:
         typer.echo(plan.digest)
         return
@@ -42,7 +43,7 @@ def simulate(
     threads: Annotated[int, typer.Option(help="CPU threads; 0 means all.")] = 0,
 ) -> None:
     """Run a whole federation in this process, over the sites of a folder."""
-    from wardround.config import FederationConfig, read_toml
+    from wardround.config import FederationConfig, named, read_toml
 
     federation = read_toml(config, FederationConfig)
 
@@ -50,11 +51,13 @@ def simulate(
     from wardround.simulate import index_sites, simulate
 
     console = Console()
-    sites = index_sites(federation, data, out, threads)
+    with named(config):
+        sites = index_sites(federation, data, out, threads)
     console.print(index_table(sites))
     for line in left_out_lines(sites):
         console.print(line, style="dim", highlight=False, soft_wrap=True)
-    run = simulate(federation, data, out, tracking or default_tracking(), threads)
+    with named(config):
+        run = simulate(federation, data, out, tracking or default_tracking(), threads)
     console.print(rounds_table([run.record(n) for n in run.committed()[1:]]))
     measured = [f"wardround evaluate {out} --data {data}"] if (data / "labels.csv").exists() else []
     say_next(*measured, f"wardround report {out}", f"wardround pull {federation.name}@candidate --to backbone")

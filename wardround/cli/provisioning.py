@@ -32,11 +32,12 @@ def provision_kits(
     `wardround provision FEDERATION.toml` does the same. A second run adds what is missing, overwrites nothing, and
     signs what the file says by now of sites and patience; a running coordinator takes that over between rounds.
     """
-    from wardround.config import FederationConfig, read_toml
+    from wardround.config import FederationConfig, named, read_toml
     from wardround.provision import lines, prepare, provision
 
     federation = read_toml(config, FederationConfig)
-    membership = (prepare if keys_at_sites else provision)(federation, out, address=address)
+    with named(config):
+        membership = (prepare if keys_at_sites else provision)(federation, out, address=address)
     typer.echo("\n".join(lines(out)))
     requests = [f"wardround provision sign SITE.csr --out {out}"] if keys_at_sites else []
     here = membership.address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]")

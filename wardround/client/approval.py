@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from wardround.config import FederationConfig, Protocol, SiteConfig, Strict, parse, read_toml
+from wardround.config import FederationConfig, Protocol, SiteConfig, Strict, named, parse, read_toml
 from wardround.config.site import ApproveConfig
 from wardround.errors import ConfigError
 from wardround.plan import resolve
@@ -196,7 +196,8 @@ def _one(reference: str, known: Mapping[str, Any], holds: str) -> str:
 
 
 def _of_file(path: str) -> Protocol:
-    return resolve(read_toml(Path(path), FederationConfig)).protocol
+    with named(Path(path)):
+        return resolve(read_toml(Path(path), FederationConfig)).protocol
 
 
 def _file(work: Path, protocol: Protocol) -> Path:

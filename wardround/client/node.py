@@ -69,4 +69,8 @@ def _answer_while_open(site: SiteConfig, path: Path, connection: SiteConnection)
 if __name__ == "__main__":
     logs.begin()
     with stopped_by_sigterm():  # so that the coordinator is told that the site leaves
-        answer_rounds(Path(sys.argv[1]))
+        try:
+            answer_rounds(Path(sys.argv[1]))
+        except ConnectionRefusedError as error:  # by its key, or by another container in its place: no fault of ours
+            print(f"ConnectionRefusedError: {error}", flush=True)
+            sys.exit(1)

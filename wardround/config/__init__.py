@@ -2,6 +2,6 @@
 
 from wardround.config.federation import FederationConfig, Protocol
 from wardround.config.site import SiteConfig, read_site
-from wardround.config.strict import Strict, digest, parse, read_toml
+from wardround.config.strict import Strict, digest, named, parse, read_toml
 
-__all__ = ["FederationConfig", "Protocol", "SiteConfig", "Strict", "digest", "parse", "read_site", "read_toml"]
+__all__ = ["FederationConfig", "Protocol", "SiteConfig", "Strict", "digest", "named", "parse", "read_site", "read_toml"]

@@ -4,6 +4,8 @@ import difflib
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -38,6 +40,17 @@ def read_toml(path: Path, model: type[Model]) -> Model:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not valid TOML: {error}.") from error
     return parse(raw, model, str(path))
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Put the name of a file before an error that is of one of its sections, as `[backbone] name = 'x': …` is."""
+    try:
+        yield
+    except ConfigError as error:
+        if not str(error).startswith("["):
+            raise
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def parse(raw: dict[str, Any], model: type[Model], where: str) -> Model:

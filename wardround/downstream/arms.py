@@ -114,6 +114,15 @@ def imagenet_arm(file: Path, recipe: Recipe, *, device: str = "cpu", autocast: b
     return Network(lambda _: copy.deepcopy(model), own, False, device, autocast)
 
 
+def refuse_volumes(source: str, recipe: Recipe) -> None:
+    """Raise ConfigError for a backbone of volumes, which nothing here probes."""
+    if recipe.data.dimensions == 3:
+        raise ConfigError(
+            f"backbone '{source}': is one of volumes, and only those of flat images are probed. Measure it in MONAI "
+            "('wardround export --format monai'), or on its features (docs/volumes.md says how to take them)."
+        )
+
+
 def check_shape(name: str, recipe: Recipe, images: Images) -> None:
     """Raise ConfigError where images are not of the size and channels that an arm takes."""
     if images.shape[1:] != recipe.data.shape:

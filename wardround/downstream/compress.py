@@ -160,7 +160,10 @@ def compress(request: Request) -> Compared:
 def _original(folder: Path, recipe: Protocol, request: Request) -> nn.Module:
     """Return the backbone to compress. Raises ConfigError for one that cannot be."""
     if recipe.data.dimensions == 3:
-        raise ConfigError(f"backbone '{request.source}': is one of volumes; only those of flat images are compressed.")
+        raise ConfigError(
+            f"backbone '{request.source}': is one of volumes; only those of flat images are compressed. Export it as "
+            "it is ('wardround export'), or pretrain a smaller one."
+        )
     if "compressed" in json.loads((folder / CONFIG).read_bytes()):
         raise ConfigError(f"backbone '{request.source}': is pruned or factorised already; compress its original.")
     return load_backbone(folder).eval()

@@ -10,7 +10,16 @@ from tqdm import tqdm
 
 from wardround.data import LabelledImages, read_labelled
 from wardround.downstream.answers import Design, answer, draw_labels, steps
-from wardround.downstream.arms import Arm, Network, check_shape, imagenet_arm, protocol_of, release_arm, three_arms
+from wardround.downstream.arms import (
+    Arm,
+    Network,
+    check_shape,
+    imagenet_arm,
+    protocol_of,
+    refuse_volumes,
+    release_arm,
+    three_arms,
+)
 from wardround.downstream.explain import explain
 from wardround.downstream.finetune import Tuning
 from wardround.downstream.load import release_folder
@@ -101,6 +110,7 @@ def evaluate_backbone(request: Request) -> Evaluation:
     with ExitStack() as pulled:
         folder = pulled.enter_context(release_folder(request.source, request.tracking, request.trust))
         recipe = protocol_of(folder)
+        refuse_volumes(request.source, recipe)
         arms = three_arms(folder, device=request.device)
         for name, source in map(_named, request.against):
             if name in arms:

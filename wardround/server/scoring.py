@@ -15,12 +15,17 @@ from wardround.server.run_folder import RunFolder
 from wardround.update import Refusal, Task, pack
 
 
-def refuse_private(run: RunFolder) -> None:
-    """Raise ConfigError where no site may answer, or there is nothing to ask about."""
+def refuse_unfit(run: RunFolder) -> None:
+    """Raise ConfigError where no site may answer or could, or there is nothing to ask about."""
     if (unit := run.config.privacy.unit) != "none":
         raise ConfigError(
             f"--federated: scores bear no noise, and this federation promises [privacy] unit = '{unit}'; evaluate on "
             "labelled images of your own."
+        )
+    if run.config.data.dimensions == 3:
+        raise ConfigError(
+            "--federated: this federation is of volumes, and only backbones of flat images are probed; let the sites "
+            "measure the release in MONAI ('wardround export --format monai')."
         )
     if not run.committed()[-1]:
         raise CheckpointError(f"{run.path}: no round is committed yet, so there is nothing to evaluate.")
@@ -28,7 +33,7 @@ def refuse_private(run: RunFolder) -> None:
 
 def ask_sites(run: RunFolder, ask: Ask) -> Asked:
     """Ask every member for its scores of the newest state, wait as for a round, and keep them in the run folder."""
-    refuse_private(run)
+    refuse_unfit(run)
     last = run.newest()
     protocol = json.dumps(run.protocol.model_dump(mode="json"), sort_keys=True)
     task = Task(last.round, protocol, 0, compress(pack(outgoing(run, last), {})), kind="evaluation")

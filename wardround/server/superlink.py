@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from wardround.config import FederationConfig, read_toml
+from wardround.config import FederationConfig, named, read_toml
 from wardround.errors import CheckpointError, ConfigError, WardroundError
 from wardround.processes import NewLines, alone, command, free_port, running, stopped_by_sigterm
 from wardround.registry.durable import write_file
@@ -63,8 +63,9 @@ def prepare(config: Path, kit: Path, out: Path, tracking: str) -> None:
     from wardround.plan import resolve
 
     federation = read_toml(config, FederationConfig)
-    members = current_members(kit, federation, out)
-    create(out, resolve(federation), members.keys, tracking, members.version)
+    with named(config):
+        members = current_members(kit, federation, out)
+        create(out, resolve(federation), members.keys, tracking, members.version)
 
 
 def current_members(kit: Path, config: FederationConfig, out: Path) -> Members:
