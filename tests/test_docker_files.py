@@ -90,6 +90,14 @@ def test_the_kits_container_is_of_the_version_that_made_the_kit_and_is_covered_b
     assert "  compose.yaml\n" in (kits / "lyon" / "SHA256SUMS").read_text()
 
 
+def test_each_command_of_compose_that_people_are_told_names_its_profile(kits: Path) -> None:
+    """Docker's guesses the profile of a service that is named; podman-compose knows of no service then."""
+    for page in (kits / "lyon" / "README.md", ROOT / "docs" / "containers.md"):
+        lines = re.findall(r"^\s*(docker compose .*)$", page.read_text(), flags=re.MULTILINE)
+        assert len(lines) > 3, page
+        assert [line for line in lines if "--profile " not in line] == [], page
+
+
 def test_no_secret_stands_in_a_compose_file(kits: Path) -> None:
     for path in (COORDINATOR, kits / "lyon" / "compose.yaml"):
         for name, service in services(path).items():
