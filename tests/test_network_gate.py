@@ -115,6 +115,21 @@ def test_a_site_is_told_to_try_again_while_superlink_is_away(kit: Path) -> None:
         assert client.post(f"https://localhost:{port}{OPEN[0]}", content=b"x").status_code == 502
 
 
+def test_a_site_is_told_to_try_again_until_the_gate_is_opened(kit: Path) -> None:
+    """So before SuperLink knows the sites' keys: it would refuse them, and they would name the wrong reason."""
+    port = free_port()
+    trust = ssl.create_default_context(cafile=kit / "ca.crt")
+    with (
+        echoing(kit) as superlink,
+        gate(kit, "127.0.0.1", port, superlink, kit / "gate.log") as door,
+        httpx.Client(verify=trust) as client,
+    ):
+        door.opened.clear()
+        assert client.post(f"https://localhost:{port}{OPEN[0]}", content=b"x").status_code == 503
+        door.opened.set()
+        assert client.post(f"https://localhost:{port}{OPEN[0]}", content=b"x").status_code == 200
+
+
 def test_a_port_that_is_taken_is_said_and_not_shared(kit: Path) -> None:
     port, log = free_port(), kit / "gate.log"
     taken = pytest.raises(ConfigError, match=f"127.0.0.1:{port} cannot be listened on: address already in use")

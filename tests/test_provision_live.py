@@ -107,14 +107,22 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     federation = Federation(folder, data)
     federation.write()
     federation.provision("lyon", "oslo")
-    federation.coordinate()
-    federation.hears("coordinator", "sites connect to")
     federation.join("lyon")
     federation.join("oslo")
+    federation.coordinate()
     try:
+        federation.hears("coordinator", "sites connect to")
         yield federation
     finally:
         end_all(federation.running.values())
+
+
+def test_sites_that_were_there_before_their_coordinator_wait_for_it(federation: Federation) -> None:
+    """SuperLink is up before it knows their keys."""
+    federation.hears("lyon", "is connected")
+    federation.hears("oslo", "is connected")
+    for site in ("lyon", "oslo"):
+        assert "does not know its key" not in federation.said(site)
 
 
 def test_a_site_joins_between_rounds_is_revoked_at_once_and_comes_back_with_a_new_key(federation: Federation) -> None:

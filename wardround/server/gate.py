@@ -10,7 +10,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,29 @@ _HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding",
 _PATIENCE = 10.0  # seconds
 
 
+@dataclass(frozen=True)
+class Gate:
+    """A gate that listens."""
+
+    kit: Path
+    server: uvicorn.Server
+    opened: threading.Event  # not set: sites are told to try again
+
+    def renew(self) -> None:
+        """Take the kit's certificate anew, for every connection from now on; none is cut."""
+        assert self.server.config.ssl is not None, "it has started"
+        try:
+            self.server.config.ssl.load_cert_chain(self.kit / "server.crt", self.kit / "server.key")
+        except OSError as error:
+            raise ConfigError(
+                f"{self.kit}: server.crt and server.key do not fit each other; put the right ones back."
+            ) from error
+
+
 @contextlib.contextmanager
-def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator[Callable[[], None]]:
+def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator[Gate]:
     """Serve sites on host:port, in a thread, and pass them on to SuperLink's loopback port.
 
-    Gives what takes the kit's certificate anew, for every connection from then on; none is cut.
     Raises ConfigError where the address cannot be listened on.
     """
     try:
@@ -61,9 +80,11 @@ def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"{host}:{port} cannot be listened on: {reason}; free it, or give another one.") from error
     open_log(log).close()  # for its mode
+    opened = threading.Event()
+    opened.set()
     server = uvicorn.Server(
         uvicorn.Config(
-            _app(f"https://127.0.0.1:{superlink}", ssl.create_default_context(cafile=kit / "ca.crt")),
+            _app(f"https://127.0.0.1:{superlink}", opened, ssl.create_default_context(cafile=kit / "ca.crt")),
             ssl_certfile=kit / "server.crt",
             ssl_keyfile=str(kit / "server.key"),
             timeout_keep_alive=60,  # a SuperNode that has nothing to do asks every three seconds
@@ -75,15 +96,6 @@ def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator
         )
     )
 
-    def renew() -> None:
-        assert server.config.ssl is not None, "it has started"
-        try:
-            server.config.ssl.load_cert_chain(kit / "server.crt", kit / "server.key")
-        except OSError as error:
-            raise ConfigError(
-                f"{kit}: server.crt and server.key do not fit each other; put the right ones back."
-            ) from error
-
     thread = threading.Thread(target=server.run, args=([door],), name="gate", daemon=True)
     with door:
         thread.start()
@@ -92,17 +104,19 @@ def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator
                 if not thread.is_alive():
                     raise WardroundError(f"the gate on {host}:{port} did not open; see {log}.")
                 time.sleep(0.02)
-            yield renew
+            yield Gate(kit, server, opened)
         finally:
             server.should_exit = True
             thread.join(_PATIENCE)
 
 
-def _app(superlink: str, trust: ssl.SSLContext) -> Starlette:
+def _app(superlink: str, opened: threading.Event, trust: ssl.SSLContext) -> Starlette:
     client = httpx.AsyncClient(base_url=superlink, verify=trust, timeout=60.0, trust_env=False)
 
     async def forward(request: Request) -> Response:
         """Pass a request on and its answer back, chunk by chunk: a body is never held whole."""
+        if not opened.is_set():
+            return Response(status_code=503)  # SuperNodes try again
         length = request.headers.get("content-length", "")
         if not length.isdecimal() or int(length) > LARGEST_BODY:
             return Response(status_code=413)

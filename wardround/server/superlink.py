@@ -107,18 +107,20 @@ def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1", *option
     home, kit, inner = run.path.resolve() / "flower", kit.resolve(), free_port()
     logs = home.parent / "logs"
     with stopped_by_sigterm(), alone(home, "wardround coordinate"):
-        with gate(kit, host, port, inner, logs / "gate.log") as renew:
+        with gate(kit, host, port, inner, logs / "gate.log") as door:
             tries, done, lived = 0, -1, False
             while True:
                 run = reread(run)
                 if not is_registered(home, run.members):
                     forget(home)
+                    door.opened.clear()  # SuperLink would tell each site that its key is not known
                 try:
-                    renew()
+                    door.renew()
                     with _superlink(run.path, home, kit, inner) as link:
                         lived = True
                         if not is_registered(home, run.members):
                             link.checked(admit, run.members)
+                        door.opened.set()
                         if tries == 0:
                             name = run.config.name
                             print(f"federation '{name}': sites connect to {host}:{port}; logs in {logs}", flush=True)
