@@ -1,6 +1,7 @@
 """Label-free figures against hand-computed values, and a collapse that is seen."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from conftest import tiny
 
 from wardround import ssl as methods
 from wardround.errors import UpdateError
+from wardround.plan import resolve
 from wardround.probe.monitor import Monitor, figures, watch
-from wardround.server.tracking import collapse_lines
+from wardround.server.run_folder import create
+from wardround.server.tracking import collapse_lines, may_rise
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 1, 16, 16), dtype=np.uint8)
 
@@ -83,3 +86,25 @@ def test_a_collapse_is_a_warning_that_names_the_site() -> None:
     )
     assert len(lines) == 1
     assert lines[0].startswith("warning: site 'oslo': features collapse (effective rank 1.1, spread 0.010)")
+
+
+@pytest.mark.parametrize(
+    ("spreads", "said"),
+    [
+        ([0.028, 0.019, 0.039, 0.092], [False, False, False, False]),  # the demo's
+        ([0.028, 0.019, 0.019, 0.018], [False, False, True, True]),  # it does not come apart
+        ([0.4, 0.3, 0.04, 0.04, 0.04], [False, False, True, True, True]),  # it was apart
+    ],
+)
+def test_features_that_may_come_apart_by_themselves_have_two_rounds_to(spreads: list[float], said: list[bool]) -> None:
+    rounds = [{"lyon": {"images": 90, **vars(Monitor(1.4, spread, 0.0, 0.0))}} for spread in spreads]
+    for sites, spread in zip(rounds, spreads, strict=True):
+        sites["lyon"]["effective_rank"] = 1.4 if spread < 0.05 else 9.0
+    lines = [collapse_lines(sites, rounds[:number], may_rise=True) for number, sites in enumerate(rounds)]
+    assert [bool(line) for line in lines] == said
+
+
+def test_only_what_reconstructs_may_come_apart_and_not_after_its_last_round(tmp_path: Path) -> None:
+    for method, rises in (("mae", True), ("byol", False)):
+        run = create(tmp_path / method, resolve(tiny(method={"name": method})), {"lyon": ""}, "", 0)
+        assert [may_rise(run, number) for number in (1, 2)] == [rises, False]

@@ -1,4 +1,4 @@
-"""Commands in a process of their own, without the four seconds of importing torch and timm.
+"""Commands in a process of their own, without the seven seconds of importing torch, timm and MLflow's store.
 
 A server imports what commands import and forks itself for each. `program()` is a folder with a `wardround`, and a
 `python` for `-c CODE`, that ask the server, with their arguments, folder, environment and streams, and end as what
@@ -8,6 +8,7 @@ they started ends. Not for what is killed or limited from outside: that would me
 import atexit
 import functools
 import gc
+import importlib
 import json
 import os
 import signal
@@ -18,6 +19,23 @@ import tempfile
 import traceback
 from pathlib import Path
 
+IMPORTED = (
+    "wardround.cli",
+    "wardround.client.app",
+    "wardround.client.check",
+    "wardround.demo",
+    "wardround.downstream.evaluate",
+    "wardround.provision",
+    "wardround.report.measured",
+    "wardround.report.reconstruction",
+    "wardround.server.report",
+    "wardround.server.superlink",
+    # What the above import when they come to need it: half of the CPU of a short run.
+    "lightning_fabric",
+    "matplotlib.backends.backend_agg",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_store",
+)
 CLIENT = """#!{python} -SE
 import json, os, signal, socket, sys
 if {name!r} == "python" and sys.argv[1:2] != ["-c"]:
@@ -56,14 +74,8 @@ def program() -> Path:
 
 def serve(address: str) -> tuple[str, list[str]]:
     """Fork for each command that comes; return, in the fork, which program it is and its arguments."""
-    import wardround.cli
-    import wardround.client.app
-    import wardround.demo
-    import wardround.downstream.evaluate
-    import wardround.provision
-    import wardround.report.measured
-    import wardround.server.superlink  # noqa: F401
-
+    for module in IMPORTED:
+        importlib.import_module(module)
     gc.freeze()  # what is shared is not to be looked at, and so copied, in each fork
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)

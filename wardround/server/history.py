@@ -13,7 +13,7 @@ from wardround.registry.checkpoint import read_manifest
 from wardround.report.history import History, Member, Promise, Round, SiteRound
 from wardround.server.release import lineage_of
 from wardround.server.run_folder import RunFolder
-from wardround.server.tracking import audit_lines, collapse_lines, drift_lines, metrics
+from wardround.server.tracking import audit_lines, collapse_lines, drift_lines, may_rise, metrics
 from wardround.update import MEASURED, withholds
 
 ALL = "all sites"
@@ -135,7 +135,8 @@ def _warnings(run: RunFolder) -> list[str]:
     records = {number: _record(run, run.record(number))["sites"] for number in run.committed()[1:]}
     for number, sites in records.items():
         before = [records[earlier] for earlier in records if earlier < number]
-        for line in (*collapse_lines(sites), *drift_lines(sites, before), *audit_lines(sites, before)):
+        collapse = collapse_lines(sites, before, may_rise=may_rise(run, number))
+        for line in (*collapse, *drift_lines(sites, before), *audit_lines(sites, before)):
             words = line.removeprefix("warning: ")
             kind = words.partition(" (")[0]  # what follows are the round's own figures
             said[kind] = ([*said.get(kind, ([], ""))[0], number], words)

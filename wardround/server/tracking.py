@@ -34,6 +34,7 @@ from wardround.update import DRIFT, MEASURED, WITHHELD, collapsed
 Sites = Mapping[str, Mapping[str, Any]]  # what each site declared in a round
 CURVES_EVERY = 10.0  # seconds: the curves take a third of one, and rounds of small networks not much more
 ALIAS = "candidate"  # what a round is released as
+_LOW_FOR, _RISEN = 2, 1.2  # rounds; times: less is no rise
 
 
 class Tracking:
@@ -50,7 +51,8 @@ class Tracking:
         tqdm.write(round_line(self.run, number))
         sites = self.run.record(number)["sites"]
         before = [self.run.record(earlier)["sites"] for earlier in range(1, number)]
-        for warning in (*collapse_lines(sites), *drift_lines(sites, before), *audit_lines(sites, before)):
+        collapse = collapse_lines(sites, before, may_rise=may_rise(self.run, number))
+        for warning in (*collapse, *drift_lines(sites, before), *audit_lines(sites, before)):
             tqdm.write(warning)
         self.draw(number)
         try:
@@ -218,14 +220,29 @@ def round_line(run: RunFolder, number: int) -> str:
     )
 
 
-def collapse_lines(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a warning for each site to whose backbone all images have come to look alike, as far as sites tell."""
+def may_rise(run: RunFolder, number: int) -> bool:
+    """Return whether features that are all alike in a round may still come apart by themselves.
+
+    Those of a network that reconstructs pixels do, after a hundred steps or so (benchmarks/LOG.md): unlike the
+    losses that compare features, its loss is not lowest where they are alike. After the last round it is too late.
+    """
+    return run.config.method.name == "mae" and number < run.config.training.rounds
+
+
+def collapse_lines(sites: Sites, before: Sequence[Sites] = (), *, may_rise: bool = False) -> list[str]:
+    """Return a warning for each site to whose backbone all images have come to look alike, as far as sites tell.
+
+    Where the spread `may_rise`, only of one that has been as low for two rounds before.
+    """
     lines = []
     for site, declared in sites.items():
         rank, spread = declared["effective_rank"], declared["feature_spread"]
         if rank is None or spread is None or declared["images"] < FEWEST:
             continue
-        if collapsed(rank, spread):
+        spreads = [one[site]["feature_spread"] for one in before if site in one]
+        earlier = [known for known in spreads if known is not None][-_LOW_FOR:]
+        waits = may_rise and (len(earlier) < _LOW_FOR or spread > _RISEN * min(earlier))
+        if collapsed(rank, spread) and not waits:
             lines.append(
                 f"warning: site '{site}': features collapse (effective rank {rank:.1f}, spread "
                 f"{spread:.3f}): all images look alike to the backbone. Lower [training] learning_rate, "
