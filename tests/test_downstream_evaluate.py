@@ -15,8 +15,10 @@ from conftest import tiny, write_labelled
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from wardround.backbones import save_release
+from wardround.cli import cli
 from wardround.config.federation import DataConfig
 from wardround.data import LabelledImages, procedural_set, read_labelled
 from wardround.downstream.answers import draw_labels
@@ -364,3 +366,11 @@ def test_the_known_floor_of_raw_pixels_on_real_cells_is_found(shared_data: Calla
     found = evaluate({"raw pixels": raw_pixels}, images, fractions=(1.0,))
     linear = found.rows[1].mean
     assert (linear.balanced_accuracy, linear.auc) == pytest.approx((0.60, 0.71), abs=0.03)
+
+
+def test_the_command_measures_at_the_fractions_that_it_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    data = write_labelled(tmp_path / "data", {"lyon": 40})
+    words = ["evaluate", folder, "--data", data, "--draws", 1, "--fraction", 1, "--out", tmp_path / "scores.json"]
+    done = CliRunner().invoke(cli, [*map(str, words)])
+    assert done.exit_code == 0, done.output
+    assert "100% of labels" in done.output and "10% of" not in done.output

@@ -224,6 +224,10 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Also score each group that this column of labels.csv makes, such as site. May be repeated."),
     ] = None,
+    fraction: Annotated[
+        list[float] | None,
+        typer.Option(help="A share of the training labels; default: 0.01, 0.1 and 1. May be repeated."),
+    ] = None,
     draws: Annotated[int, typer.Option(help="Draws of labelled patients and of new weights.", min=1, max=50)] = 5,
     force_splits: ForceSplits = False,
     device: Device = "cpu",
@@ -244,7 +248,7 @@ def evaluate(
         return
     if data is None:
         raise ConfigError("--data is missing: give a labelled folder, or --federated to ask the sites of a run.")
-    from wardround.downstream.evaluate import Request, evaluate_backbone
+    from wardround.downstream.evaluate import FRACTIONS, Request, evaluate_backbone
     from wardround.downstream.finetune import Tuning
     from wardround.report.measured import tables
 
@@ -257,6 +261,7 @@ def evaluate(
         against=tuple(against or ()),
         imagenet=imagenet,
         tuning=Tuning(ways=tuple(way for way in finetune.split(",") if way)),
+        fractions=tuple(fraction or FRACTIONS),
         draws=draws,
         force_splits=force_splits,
         device=device,
