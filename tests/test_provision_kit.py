@@ -18,7 +18,7 @@ from warm import program
 from wardround.client.kit import check_kit
 from wardround.config import SiteConfig, read_site, read_toml
 from wardround.errors import ConfigError
-from wardround.provision import provision
+from wardround.provision import lines, provision
 from wardround.provision.request import init
 from wardround.server.membership import read_membership
 
@@ -169,6 +169,12 @@ def test_a_new_address_needs_a_new_certificate_and_the_error_says_so(kits: Path)
     (kits / "coordinator" / "server.crt").rename(kits / "old.crt")
     provision(tiny(), kits, SITES, "new.example.org:8500")
     assert handshake(kits, "new.example.org", kits / "lyon" / "ca.crt") == "TLSv1.3"
+    told = "whose site.toml names another address than new.example.org:8500: change it there"
+    assert sum(told in line for line in lines(kits)) == 2  # nothing is written over
+
+
+def test_a_kit_of_the_address_that_is_signed_is_told_without_more(kits: Path) -> None:
+    assert not [line for line in lines(kits) if "another address" in line]
 
 
 def test_a_public_key_that_is_not_the_kits_is_noticed(kits: Path) -> None:

@@ -95,6 +95,9 @@ def lines(out: Path) -> list[str]:
     found = [f"membership {membership.version} of '{membership.federation}', signed by {own}"]
     for site, line in sorted(membership.keys.items()):
         kit = f"kit in {out / site}" if (out / site).exists() else "its kit was handed over"
+        toml = out / site / "site.toml"
+        if toml.exists() and f'"{membership.address}"' not in toml.read_text():
+            kit += f", whose site.toml names another address than {membership.address}: change it there"
         listed = "" if site in membership.active else "; not in [membership] sites, so it is not asked"
         found.append(f"  {site}: {fingerprint(public_key(line))}; {kit}{listed}")
     found += [f"  {site}: revoked" for site in sorted(membership.gone)]
