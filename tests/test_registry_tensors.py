@@ -1,13 +1,18 @@
 """Files of tensors that are read and written one by one: the same bytes as safetensors writes."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from honest_sites import make_run
 
+from wardround.encoding import stepped
 from wardround.errors import UpdateError
+from wardround.registry import checkpoint
 from wardround.registry.tensors import TensorFile, TensorWriter
-from wardround.update import Layout, layout, pack
+from wardround.server import rounds
+from wardround.update import Layout, layout, pack, state_hash
 
 DRAW = np.random.default_rng(0)
 TENSORS = {
@@ -73,3 +78,19 @@ def test_a_tensor_that_is_cut_is_no_shorter_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(pack({"w": np.ones(4)}, {})[:-8])
     with pytest.raises(ValueError, match="reshape"):
         TensorFile(tmp_path / "file")["w"]
+
+
+def test_a_checkpoint_is_made_with_a_few_of_its_tensors_in_memory(tmp_path: Path) -> None:
+    """Seen by numpy's own count of its arrays: 32 tensors of a mebibyte, each new one with residual and codes."""
+    run = make_run(tmp_path / "run", encoding="int8")
+    state = {f"w{number:02}": np.full(2**18, 0.5, np.float32) for number in range(32)}
+    last = checkpoint.write(tmp_path / "0", 0, "d", checkpoint.initial(state))
+    del state
+    tracemalloc.start()
+    made = rounds.draft(run, last, lambda _: np.linspace(0, 1, 2**18), ())
+    after = checkpoint.write(tmp_path / "1", 1, "d", made)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
+    assert after.hash == state_hash(stepped(dict(last.state), after.step, "int8")) == state_hash(after.state)
+    assert checkpoint.read(tmp_path / "1") is not None
