@@ -1,7 +1,6 @@
 """Folding updates into a state: pure functions, one tensor in memory at a time."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import reduce
 from typing import Protocol
 
 import numpy as np
@@ -28,10 +27,11 @@ def weighted_mean(read: Read, weights: Mapping[str, float], name: str) -> Array:
     >>> weighted_mean(lambda site, name: deltas[site], {"oslo": 3.0, "lyon": 1.0}, "w")
     array([3.])
     """
+    first, *others = sorted(weights)
     total = sum(weights[site] for site in sorted(weights))
-    mean: Array = reduce(
-        np.add, (read(site, name).astype(np.float64) * (weights[site] / total) for site in sorted(weights))
-    )
+    mean = np.asarray(np.multiply(read(first, name), weights[first] / total, dtype=np.float64))
+    for site in others:
+        mean += np.multiply(read(site, name), weights[site] / total, dtype=np.float64)
     return mean
 
 

@@ -38,8 +38,8 @@ from wardround.signatures import untrusted
 
 _STARTUP = 120.0  # seconds; a cold start on a slow disk takes about ten
 _POLL = 0.2  # seconds
-# For glibc: what is large, as tensors and Flower's objects of 5 MiB are, goes back to the system when it is freed. Else
-# each thread keeps a heap of its own, and SuperLink some 700 MB after a state of 340 MB went through it.
+# For glibc: Flower's objects of 5 MiB go back to the system when they are freed. Else each thread keeps a heap of its
+# own, and SuperLink some 700 MB after a state of 340 MB went through it.
 _LEAN = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
 ASK = "--ask"  # rounds_process.py asks for scores, and trains nothing
 ERROR = "error: "  # before the one line of a user's error, as the rounds' process says it
@@ -223,7 +223,7 @@ def _follow(link: Link, run: RunFolder, *options: str) -> None:
     certificate = (link.kit / "server.crt").read_bytes()
     with (
         tqdm(total=run.config.training.rounds, initial=done, desc="rounds", unit="round", disable=None) as bar,
-        running(rounds, link.home, log, Path.cwd(), _LEAN) as process,
+        running(rounds, link.home, log, Path.cwd()) as process,
     ):
         ended = False
         while not ended:
