@@ -20,7 +20,7 @@ from wardround.update import Refusal, Task, TaskKind, printable
 # Of this protocol on the wire; both ends must speak the same. It goes up with whatever changes the fields of a task
 # or of an update, or what is signed of them. A refusal never changes, so that the older end's word is read.
 VERSION = 5
-_NPY, _NPY_HEAD = "numpy.ndarray", 256  # Flower's word for numpy's file format; bytes of its header, at the most
+_NPY, _NPY_HEAD = "numpy.ndarray", 128  # Flower's word for numpy's file format; bytes of the header of a flat array
 
 
 def task_to_records(
@@ -154,9 +154,11 @@ def _bytes(records: RecordDict, name: str) -> bytes:
     Raises ValueError for another array.
     """
     array = records.array_records[name]["block"]
-    head = BytesIO(array.data[:_NPY_HEAD])
-    np.lib.format.read_magic(head)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(head)
-    if array.stype != _NPY or dtype != np.uint8 or shape != (len(array.data) - head.tell(),):
+    head = BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": "|u1", "fortran_order": False, "shape": (len(array.data) - _NPY_HEAD,)}
+    )
+    # Compared and not parsed: what a site sends here is not checked yet.
+    if array.stype != _NPY or array.data[:_NPY_HEAD] != head.getvalue():
         raise ValueError("is no flat array of bytes")
-    return array.data[head.tell() :]
+    return array.data[_NPY_HEAD:]
