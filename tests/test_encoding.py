@@ -1,6 +1,7 @@
 """Numbers that cross in fewer bytes: by hand, against torch, and what is lost on the way."""
 
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from wardround.encoding import (
     SCALES,
     check_encoded,
     compress,
+    compressed_file,
     decode,
     decode_one,
     encode,
@@ -212,6 +214,16 @@ def test_zstandards_own_limit_does_not_hold_for_a_frame_that_says_its_size() -> 
     """Why `inflate` asks the frame first."""
     block = zstandard.ZstdCompressor().compress(bytes(2**20))
     assert len(zstandard.ZstdDecompressor().decompress(block, max_output_size=10)) == 2**20
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_file_crosses_as_its_bytes_would(saves: bool, tmp_path: Path) -> None:
+    noise = DRAW.integers(0, 256, 5 * 2**20, np.uint8)
+    block = pack({"w": noise // 64 if saves else noise}, {})
+    (tmp_path / "file").write_bytes(block)
+    packed = compressed_file(tmp_path / "file")
+    assert (len(packed) < len(block)) is saves
+    assert inflate(packed, {"w": ((5 * 2**20,), "uint8")}, "float32", "it") == block
 
 
 def test_a_frame_that_says_too_little_and_one_with_more_behind_it_are_refused() -> None:

@@ -33,7 +33,7 @@ from wardround.server.run_folder import RunFolder, open_run
 from wardround.server.spool import Spool
 from wardround.simulate import simulate
 from wardround.ssl.devices import Machine
-from wardround.update import Refusal, Start, State, Task, Update, layout, pack, state_hash
+from wardround.update import Array, Refusal, Start, State, Task, Update, layout, pack, state_hash
 
 BOTH = pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 THREE = {"training": {"rounds": 3}}
@@ -83,12 +83,12 @@ def test_what_is_committed_is_what_a_site_gets_that_adds_the_step(tmp_path: Path
 @BOTH
 def test_what_the_step_loses_is_in_the_checkpoint_and_comes_next(tmp_path: Path, kind: Any) -> None:
     run = make_run(tmp_path / "run", encoding=kind, **THREE)
-    wanted: list[State] = []
+    wanted: dict[str, list[Array]] = {}
     real = rounds.publish
 
-    def watched(kind: Any, last: Any, folded: State, server: State) -> Any:
-        wanted.append({name: folded[name].astype(np.float64) - old for name, old in last.state.items()})
-        return real(kind, last, folded, server)
+    def watched(kind: Any, name: str, old: Array, aim: Array, residual: State) -> Any:
+        wanted.setdefault(name, []).append(aim.astype(np.float64) - old)
+        return real(kind, name, old, aim, residual)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounds, "publish", watched)
@@ -97,7 +97,7 @@ def test_what_the_step_loses_is_in_the_checkpoint_and_comes_next(tmp_path: Path,
     residual, _ = kept(run.checkpoint(3).server)
     for name in run.checkpoint(0).state:
         came = sum(step[name].astype(np.float64) for step in steps)
-        np.testing.assert_allclose(came + residual[name], sum(step[name] for step in wanted), atol=1e-7)
+        np.testing.assert_allclose(came + residual[name], sum(wanted[name]), atol=1e-7)
     assert any(array.any() for array in residual.values())
 
 

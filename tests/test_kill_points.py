@@ -27,9 +27,9 @@ POINTS = [  # where, which function, before or after it, at which call
     ("server", "wardround.server.spool:Spool.close", "after", 2),
     ("server", "wardround.server.rounds:next_state", "before", 1),
     ("server", "wardround.server.rounds:next_state", "after", 2),
-    ("server", "wardround.registry.checkpoint:write_tensors", "before", 2),  # the middle of the first state
+    ("server", "wardround.registry.tensors:TensorWriter.put", "before", 2),  # the middle of the first state
     ("server", "wardround.registry.checkpoint:write", "before", 2),
-    ("server", "wardround.registry.checkpoint:write_tensors", "after", 3),  # the middle of a checkpoint
+    ("server", "wardround.registry.tensors:TensorWriter.__exit__", "after", 3),  # the middle of a checkpoint
     ("server", "wardround.registry.checkpoint:write", "after", 2),
     ("server", "wardround.server.spool:Spool.drop_updates", "before", 1),
     ("server", "wardround.registry.mlflow_store:Store.open_run", "after", 1),

@@ -19,8 +19,8 @@ from wardround.errors import ConfigError, UpdateError
 from wardround.privacy.accounting import Mechanism, epsilon
 from wardround.privacy.site_level import CLIP, clipped, factor, next_clip, noise, noisy_mean, norm, privatise, spent
 from wardround.privacy.statement import statement
-from wardround.registry import checkpoint
 from wardround.registry.mlflow_store import Store
+from wardround.registry.tensors import TensorWriter
 from wardround.server import release, tracking
 from wardround.server.rounds import run_rounds
 from wardround.server.run_folder import RunFolder, open_run
@@ -241,26 +241,25 @@ def test_what_was_noised_before_a_kill_is_never_seen_and_the_next_try_draws_anew
 ) -> None:
     """Two noised states of one round would average the noise out, and cost twice."""
     run = make_run(tmp_path / "run", **federation())
-    real, written = checkpoint.write_tensors, list[bytes]()
+    real, written = TensorWriter.put, list[bytes]()
 
-    def cut_after_the_first_file(path: Path, tensors: State) -> None:
+    def cut_after_a_tensor(file: TensorWriter, name: str, array: Array) -> None:
         if written:
             raise Cut
-        real(path, tensors)
-        written.append(path.read_bytes())
+        real(file, name, array)
+        written.append(array.tobytes())
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_tensors", cut_after_the_first_file)
+        patch.setattr(TensorWriter, "put", cut_after_a_tensor)
         with pytest.raises(Cut):
             run_rounds(run, Sites(run), ignore)
     assert run.committed() == [0]
-    secret = written[0][-64:]  # of the state's last tensor
+    secret = written[0][-64:]
     assert [path for path in run.round(1).rglob("*") if path.is_file() and secret in path.read_bytes()]
     again = Sites(run)
     run_rounds(open_run(tmp_path / "run"), again, ignore)
     assert all(number == 2 for _, number in again.asked)  # round 1 was decided: folded again, not trained
     blocks = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert (run.round(1) / "checkpoint" / "state.safetensors").stat().st_size == len(written[0])
     assert not [block for block in blocks if secret in block]
     assert not list((tmp_path / "run").rglob("*.partial"))
 

@@ -1,6 +1,5 @@
 """The mean and the server's optimisers: by hand-computed numbers, and beside Flower's and torch's."""
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,22 +32,22 @@ def test_the_mean_weighs_each_site() -> None:
 
 
 def test_fedavg_adds_the_mean_and_keeps_no_velocity() -> None:
-    state = {"w": np.array([10.0, 20.0], np.float32)}
-    new, velocity = fold(state, {}, partial(weighted_mean, read, {"lyon": 1.0, "oslo": 3.0}), AggregationConfig())
-    assert new["w"].tolist() == [13.25, 19.875]
-    assert new["w"].dtype == np.float32
+    mean = weighted_mean(read, {"lyon": 1.0, "oslo": 3.0}, "w")
+    new, velocity = fold("w", np.array([10.0, 20.0], np.float32), {}, mean, AggregationConfig())
+    assert new.tolist() == [13.25, 19.875]
+    assert new.dtype == np.float32
     assert velocity == {}
 
 
 def test_server_momentum_carries_the_mean_from_round_to_round() -> None:
     config = AggregationConfig(momentum=0.5, learning_rate=2.0)
-    mean = partial(weighted_mean, read, {"lyon": 1.0})
-    state, velocity = fold({"w": np.zeros(2, np.float32)}, {}, mean, config)
-    assert state["w"].tolist() == [2.0, -4.0]
-    state, velocity = fold(state, velocity, mean, config)
+    mean = weighted_mean(read, {"lyon": 1.0}, "w")
+    state, velocity = fold("w", np.zeros(2, np.float32), {}, mean, config)
+    assert state.tolist() == [2.0, -4.0]
+    state, velocity = fold("w", state, velocity, mean, config)
     # v = 0.5 * [1, -2] + [1, -2] = [1.5, -3]; state = [2, -4] + 2 * v
     assert velocity["w"].tolist() == [1.5, -3.0]
-    assert state["w"].tolist() == [5.0, -10.0]
+    assert state.tolist() == [5.0, -10.0]
 
 
 @given(st.permutations(["lyon", "oslo", "wien"]))
@@ -90,15 +89,14 @@ BY_HAND = {
 def test_adaptive_optimisers_are_algorithm_2(name: Any) -> None:
     betas = {} if name == "adagrad" else {"betas": (0.5, 0.75)}
     config = AggregationConfig(optimiser=name, tau=1.0, learning_rate=0.5, **betas)
-    state: State = {"w": np.array([10.0], np.float32)}
-    server: State = {}
+    state, server = np.array([10.0], np.float32), State()
     expected = 10.0
     for delta, (first, second) in zip((2.0, -4.0), BY_HAND[name], strict=True):
-        state, server = fold(state, server, lambda _, delta=delta: np.array([delta]), config)
+        state, server = fold("w", state, server, np.array([delta]), config)
         expected += 0.5 * first / (second**0.5 + 1.0)
-        assert state["w"].tolist() == pytest.approx([expected], rel=1e-6)
+        assert state.tolist() == pytest.approx([expected], rel=1e-6)
         assert server["v.w"].tolist() == [second]
-        assert all(array.dtype == np.float32 for array in [*state.values(), *server.values()])
+        assert all(array.dtype == np.float32 for array in [state, *server.values()])
     assert server.keys() == ({"v.w"} if name == "adagrad" else {"m.w", "v.w"})
 
 
@@ -122,12 +120,12 @@ def flowers(strategy: Any, deltas: list[Array]) -> Array:
 
 def ours(name: Any, deltas: list[Array], second: float | None, **keys: Any) -> Array:
     """Return where ours ends; `second` is what the second moment begins with, unset tau squared."""
-    state: State = {"w": np.zeros_like(deltas[0])}
+    state = np.zeros_like(deltas[0])
     server: State = {} if second is None else {"v.w": np.full_like(deltas[0], second)}
     for delta in deltas:
         config = AggregationConfig(optimiser=name, tau=0.1, learning_rate=0.5, **keys)
-        state, server = fold(state, server, lambda _, delta=delta: delta, config)
-    return state["w"]
+        state, server = fold("w", state, server, delta, config)
+    return state
 
 
 MOVES = [np.array([0.3, -0.05, 2.0]), np.array([0.1, 0.4, -1.0])]

@@ -18,7 +18,7 @@ from wardround.server import robust
 from wardround.server.robust import bounded, folded, krum, norm, squared_distances
 from wardround.server.rounds import run_rounds
 from wardround.server.spool import Spool
-from wardround.update import Array, State, Task, Update, unpack
+from wardround.update import Array, State, Task, Update, layout, unpack
 
 
 def reader(deltas: dict[str, State]) -> Any:
@@ -39,7 +39,7 @@ def result(deltas: dict[str, State], **keys: Any) -> State:
     """Return the folded delta of all sites, which weigh alike."""
     config = AggregationConfig(weights="uniform", **keys)
     state = next(iter(deltas.values()))
-    delta, _ = folded(reader(deltas), dict.fromkeys(deltas, 1.0), state, config)
+    delta, _ = folded(reader(deltas), dict.fromkeys(deltas, 1.0), layout(state), config)
     return {name: delta(name) for name in state}
 
 
@@ -191,7 +191,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_sites(
     def peak(sites: int) -> int:
         config = AggregationConfig(weights="uniform", **keys)
         tracemalloc.start()
-        delta, _ = folded(read, {f"{place + 1:03d}": 1.0 for place in range(sites)}, state, config)
+        delta, _ = folded(read, {f"{place + 1:03d}": 1.0 for place in range(sites)}, layout(state), config)
         delta("w")
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -10,11 +10,11 @@ import pytest
 from honest_sites import DECLARED, SITES, Cut, Sites, final, ignore, make_run
 
 from wardround.errors import CheckpointError, ConfigError, UpdateError
-from wardround.registry import checkpoint
+from wardround.registry.tensors import TensorWriter
 from wardround.server import rounds, run_folder
 from wardround.server.rounds import run_rounds
 from wardround.server.run_folder import RunFolder, open_run
-from wardround.update import Refusal, State, Task, Update
+from wardround.update import Array, Refusal, State, Task, Update
 
 
 def cut_before_folding(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,16 +70,16 @@ def test_cut_while_the_checkpoint_is_written_leaves_no_half_of_it(
     tmp_path: Path, whole: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run")
-    real, written = checkpoint.write_tensors, list[str]()
+    real, written = TensorWriter.put, list[str]()
 
-    def cut_at_second_file(path: Path, tensors: State) -> None:
-        written.append(path.name)
+    def cut_at_second_tensor(file: TensorWriter, name: str, array: Array) -> None:
+        written.append(name)
         if len(written) == 2:
             raise Cut
-        real(path, tensors)
+        real(file, name, array)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_tensors", cut_at_second_file)
+        patch.setattr(TensorWriter, "put", cut_at_second_tensor)
         with pytest.raises(Cut):
             run_rounds(run, Sites(run), ignore)
     assert run.committed() == [0]

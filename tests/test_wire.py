@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from honest_sites import Sites, ignore, make_run
 from test_signatures import COORDINATOR, LYON, TASK, reply
 
@@ -108,3 +109,38 @@ def test_the_last_round_is_known_and_what_cannot_be_read_is_not_it() -> None:
     assert [wire.is_last_round(records) for records in asked] == [False, True]
     assert not wire.is_last_round(RecordDict())
     assert not wire.is_last_round(task_to_records(dataclasses.replace(TASK, protocol="[]"), "lyon", None))
+
+
+def test_tasks_of_several_sites_share_one_block_and_each_has_its_own_signature() -> None:
+    shared = wire.block_record(TASK.state)
+    lyon, oslo = (task_to_records(TASK, site, COORDINATOR, shared) for site in ("lyon", "oslo"))
+    assert lyon.array_records["state"] is oslo.array_records["state"]
+    for site, records in (("lyon", lyon), ("oslo", oslo)):
+        assert records_to_task(records, site, COORDINATOR.public_key()) == TASK
+    with pytest.raises(PolicyRefusal, match="not signed"):
+        records_to_task(lyon, "oslo", COORDINATOR.public_key())
+
+
+@pytest.mark.parametrize("block", [b"", b"x", bytes(range(256)) * 30_000])
+def test_a_block_crosses_byte_for_byte(block: bytes) -> None:
+    records = RecordDict({"update": wire.block_record(block)})
+    assert wire._bytes(records, "update") == block
+
+
+WRONG = {
+    "of numbers": Array(np.zeros(3, np.float32)),
+    "of two axes": Array(np.zeros((2, 2), np.uint8)),
+    "cut": Array("uint8", (9,), "numpy.ndarray", Array(np.zeros(9, np.uint8)).data[:-1]),
+    "of no numpy file": Array("uint8", (9,), "numpy.ndarray", bytes(9)),
+    "of another kind": Array("uint8", (9,), "pickle", Array(np.zeros(9, np.uint8)).data),
+    "with a header that nobody can read": Array("uint8", (1,), "numpy.ndarray", b"\x93NUMPY\x01\x00\x08\x00{'''(\n  x"),
+    "that numpy would unpickle": Array("O", (1,), "numpy.ndarray", b"\x93NUMPY\x01\x00\x10\x00{'descr': '|O'}\n"),
+}
+
+
+@pytest.mark.parametrize("array", WRONG.values(), ids=WRONG.keys())
+def test_an_array_that_is_no_block_of_bytes_is_no_answer(array: Array) -> None:
+    message = reply(b"update", "lyon", "3", LYON)
+    message.content["update"] = ArrayRecord({"block": array})
+    found = message_to_answer(message, "lyon", "3", LYON.public_key())
+    assert found == Refusal("invalid", "the answer is neither an update nor a refusal")

@@ -8,6 +8,7 @@ are encoded; any other dtype, such as a count, crosses exactly.
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import zstandard
@@ -21,6 +22,7 @@ BLOCK = 256  # values that share a scale, which makes 1.6 % more bytes than the 
 SCALES = ":scales"  # after a tensor's name: its int8 scales, float32 [values / BLOCK, rounded up]
 _RESIDUAL = "residual."  # before the names of what was lost, in the site memory and in a checkpoint
 _HEADERS = 1_000_000  # bytes: generous for names and shapes
+_PIECE = 2**20  # bytes of a file at a time
 
 Floats = NDArray[np.float32]
 
@@ -112,10 +114,33 @@ def kept(memory: Mapping[str, Array]) -> tuple[State, State]:
     return residual, {name: array for name, array in memory.items() if not name.startswith(_RESIDUAL)}
 
 
+def residual_layout(layout: Layout) -> Layout:
+    """Return the layout of what `keep` returns of a layout's residual."""
+    return {f"{_RESIDUAL}{name}": place for name, place in layout.items() if place[1] == "float32"}
+
+
+def residual_of(memory: Mapping[str, Array], name: str) -> State:
+    """Return one tensor's residual, where it is kept in a memory."""
+    found = f"{_RESIDUAL}{name}"
+    return {name: memory[found]} if found in memory else {}
+
+
 def compress(block: bytes) -> bytes:
     """Return the bytes that cross for a block: zstd's fastest where that saves over 5 %, else the block itself."""
     packed = zstandard.ZstdCompressor(level=1).compress(block)
     return packed if len(packed) < 0.95 * len(block) else block
+
+
+def compressed_file(path: Path) -> bytes:
+    """Return what `compress` returns for a file's bytes, which then are in memory once."""
+    size, packed = path.stat().st_size, bytearray()
+    with path.open("rb") as file:
+        stream = zstandard.ZstdCompressor(level=1).read_to_iter(file, size=size, read_size=_PIECE)
+        for piece in stream:
+            packed += piece
+            if len(packed) >= 0.95 * size:
+                return path.read_bytes()
+    return bytes(packed)
 
 
 def inflate(block: bytes, layout: Layout, kind: Encoding, who: str) -> bytes:

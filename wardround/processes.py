@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -49,11 +49,13 @@ def environment(home: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running(arguments: list[str], home: Path, log: Path, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    arguments: list[str], home: Path, log: Path, folder: Path, settings: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """Give a program that runs in `folder` and writes to `log`; leaving the block ends it and all it started.
 
     Its session is its own, so that Ctrl-C reaches only us. Where we are killed, Linux ends it; its own
-    children watch it and follow.
+    children watch it and follow. `settings` are variables of its environment that the user's own go before.
     """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open_log(log) as output:
@@ -63,7 +65,7 @@ def running(arguments: list[str], home: Path, log: Path, folder: Path) -> Iterat
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env=environment(home),
+            env={**(settings or {}), **environment(home)},
             start_new_session=True,
         )
     try:

@@ -187,12 +187,27 @@ def unpack(block: bytes) -> tuple[State, dict[str, Any]]:
 
 def state_hash(state: Mapping[str, Array]) -> str:
     """Return the SHA-256 over names, shapes, dtypes and bytes, whatever the order of the names."""
-    sha = hashlib.sha256()
+    sha = StateHash()
     for name in sorted(state):
-        array = np.asarray(state[name], order="C")  # ascontiguousarray would make scalars 1-d
-        sha.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
-        sha.update(array.data)
+        sha.add(name, state[name])
     return sha.hexdigest()
+
+
+class StateHash:
+    """The hash of a state whose tensors come one by one, in the order of their names."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def add(self, name: str, tensor: Array) -> None:
+        """Take a tensor."""
+        array = np.asarray(tensor, order="C")  # ascontiguousarray would make scalars 1-d
+        self._sha.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        self._sha.update(array.data)
+
+    def hexdigest(self) -> str:
+        """Return the hash of what has come."""
+        return self._sha.hexdigest()
 
 
 def printable(text: str) -> str:

@@ -6,6 +6,7 @@ object, so a ViT sent tensor by tensor takes about four times the CPU of the sam
 
 import json
 from collections.abc import Iterator
+from io import BytesIO
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -19,10 +20,16 @@ from wardround.update import Refusal, Task, TaskKind, printable
 # Of this protocol on the wire; both ends must speak the same. It goes up with whatever changes the fields of a task
 # or of an update, or what is signed of them. A refusal never changes, so that the older end's word is read.
 VERSION = 5
+_NPY, _NPY_HEAD = "numpy.ndarray", 128  # Flower's word for numpy's file format; bytes of the header of a flat array
 
 
-def task_to_records(task: Task, site: str, key: EllipticCurvePrivateKey | None) -> RecordDict:
-    """Return the records of one task for one site, signed by the coordinator; a single process needs no key."""
+def task_to_records(
+    task: Task, site: str, key: EllipticCurvePrivateKey | None, state: ArrayRecord | None = None
+) -> RecordDict:
+    """Return the records of one task for one site, signed by the coordinator; a single process needs no key.
+
+    `state` is `block_record(task.state)`, where tasks of several sites share one.
+    """
     fields: dict[str, int | str] = {
         "wire": VERSION,
         "round": task.round,
@@ -33,7 +40,7 @@ def task_to_records(task: Task, site: str, key: EllipticCurvePrivateKey | None) 
     }
     signature = sign(key, task.kind, site, json.dumps(fields, sort_keys=True), task.state) if key else b""
     record = ConfigRecord({**fields, "signature": signature})
-    return RecordDict({"task": record, "state": _block(task.state)})
+    return RecordDict({"task": record, "state": state or block_record(task.state)})
 
 
 def records_to_task(
@@ -90,7 +97,9 @@ def answer_to_records(
         return RecordDict({"refusal": ConfigRecord({**record, "signature": signature})})
     block = compress(answer)
     signature = sign(key, "update", site, round, block) if key else b""
-    return RecordDict({"update": _block(block), "signed": ConfigRecord({"signature": signature, "wire": VERSION})})
+    return RecordDict(
+        {"update": block_record(block), "signed": ConfigRecord({"signature": signature, "wire": VERSION})}
+    )
 
 
 def message_to_answer(message: Message, site: str, round: str, key: EllipticCurvePublicKey | None) -> bytes | Refusal:
@@ -134,9 +143,22 @@ def crossing(records: RecordDict) -> Iterator[bytes]:
             yield json.dumps(dict(record), sort_keys=True, default=bytes.hex).encode()
 
 
-def _block(block: bytes) -> ArrayRecord:
+def block_record(block: bytes) -> ArrayRecord:
+    """Return bytes as one flat array of Flower's, which copies them."""
     return ArrayRecord({"block": Array(np.frombuffer(block, dtype=np.uint8))})
 
 
 def _bytes(records: RecordDict, name: str) -> bytes:
-    return records.array_records[name]["block"].numpy().tobytes()
+    """Return what `block_record` was given, copied once where Flower's own reading copies it twice.
+
+    Raises ValueError for another array.
+    """
+    array = records.array_records[name]["block"]
+    head = BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": "|u1", "fortran_order": False, "shape": (len(array.data) - _NPY_HEAD,)}
+    )
+    # Compared and not parsed: what a site sends here is not checked yet.
+    if array.stype != _NPY or array.data[:_NPY_HEAD] != head.getvalue():
+        raise ValueError("is no flat array of bytes")
+    return array.data[_NPY_HEAD:]

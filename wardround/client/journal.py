@@ -16,7 +16,8 @@ from pathlib import Path
 
 from wardround.errors import PolicyRefusal, UpdateError, WardroundError
 from wardround.registry.durable import write_file, write_tensors
-from wardround.update import Start, State, Update, unpack
+from wardround.registry.tensors import TensorFile
+from wardround.update import Start, State, Update
 
 WRITTEN = 8  # times the state, of a round: update, moments and residual, and as much on the way there
 
@@ -106,16 +107,16 @@ class Journal:
         if round == 0:
             return {}
         try:
-            return unpack((self._round(round) / "memory.safetensors").read_bytes())[0]
-        except (OSError, UpdateError):
+            return dict(TensorFile(self._round(round) / "memory.safetensors"))
+        except (OSError, UpdateError, ValueError):  # a tensor that is cut is a ValueError
             return None
 
     def held(self) -> Start | None:
         """Return what `hold` was given last, or None where it is lost or there was none."""
         try:
-            state, header = unpack((self.folder / "state.safetensors").read_bytes())
-            return Start(state, str(header["hash"]))
-        except (OSError, UpdateError, KeyError):
+            file = TensorFile(self.folder / "state.safetensors")
+            return Start(dict(file), str(file.header["hash"]))
+        except (OSError, UpdateError, KeyError, ValueError):
             return None
 
     def hold(self, start: Start) -> None:

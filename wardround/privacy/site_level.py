@@ -72,7 +72,7 @@ def privatise(delta: State, config: SitePrivacyConfig, rounds: int) -> State:
 def noisy_mean(
     read: Callable[[str, str], Array],
     sites: Iterable[str],
-    state: State,
+    state: Mapping[str, Array],
     config: SitePrivacyConfig,
     rounds: int,
     clip: float,

@@ -1,15 +1,17 @@
 """Checkpoints: a state, the server optimiser's state and a manifest that vouches for both."""
 
+import contextlib
 import hashlib
 import json
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wardround.errors import CheckpointError, UpdateError
-from wardround.registry.durable import new_folder, write_file, write_tensors
-from wardround.update import State, state_hash, unpack
+from wardround.registry.durable import new_folder, write_file
+from wardround.registry.tensors import TensorFile, TensorWriter
+from wardround.update import Array, Layout, StateHash, layout
 
 MANIFEST = "manifest.json"
 STATE, SERVER, STEP = "state.safetensors", "server.safetensors", "step.safetensors"
@@ -17,56 +19,79 @@ STATE, SERVER, STEP = "state.safetensors", "server.safetensors", "step.safetenso
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a round commits."""
+    """What a round committed. Its tensors stay on disk; each is read when it is asked for."""
 
     round: int  # 0 is the initial state
     protocol: str  # protocol digest
-    state: State
-    server: State  # the server's own tensors: its optimiser's, and the residual of what it sends
+    state: TensorFile
+    server: TensorFile  # the server's own tensors: its optimiser's, and the residual of what it sends
     record: dict[str, Any]  # who took part and how: what the manifest shows a person
-    step: State = field(default_factory=dict)  # encoded, from the state before; empty where none is sent
-    named: str = ""  # the state's hash, where a manifest says it
-
-    @cached_property
-    def hash(self) -> str:
-        """The state's hash, which takes a while and is asked for at every hand-over."""
-        return self.named or state_hash(self.state)
+    step: Mapping[str, Array]  # encoded, from the state before; empty where none is sent
+    hash: str  # the state's
 
 
-def write(folder: Path, checkpoint: Checkpoint) -> None:
-    """Commit a checkpoint: the folder appears whole or not at all."""
-    files = {STATE: checkpoint.state, SERVER: checkpoint.server} | ({STEP: checkpoint.step} if checkpoint.step else {})
-    hashes: dict[str, str] = {}
+@dataclass(frozen=True)
+class Draft:
+    """The tensors of a checkpoint to be: each is made, written and forgotten, so that no file is in memory whole."""
+
+    layouts: Mapping[str, Layout]  # by file
+    tensors: Iterable[tuple[str, str, Array]]  # file, name, tensor; those of the state in the order of their names
+
+
+def initial(state: Mapping[str, Array]) -> Draft:
+    """Return the draft of a state without anything beside it."""
+    return Draft({STATE: layout(state), SERVER: {}}, ((STATE, name, state[name]) for name in sorted(state)))
+
+
+def write(
+    folder: Path, round: int, protocol: str, draft: Draft, record: Callable[[], dict[str, Any]] = dict
+) -> Checkpoint:
+    """Commit a checkpoint and return it: the folder appears whole or not at all.
+
+    `record` is called when all tensors are written.
+    """
+    sha = StateHash()
     with new_folder(folder) as aside:
-        for name, tensors in files.items():
-            write_tensors(aside / name, tensors)
-            with (aside / name).open("rb") as file:
-                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        with contextlib.ExitStack() as stack:
+            files = {
+                name: stack.enter_context(TensorWriter(aside / name, shapes)) for name, shapes in draft.layouts.items()
+            }
+            for file, name, array in draft.tensors:
+                files[file].put(name, array)
+                if file == STATE:
+                    sha.add(name, array)
         manifest = {
             "format": 1,
-            "round": checkpoint.round,
-            "protocol": checkpoint.protocol,
-            "state": checkpoint.hash,
-            "files": hashes,
-            "record": checkpoint.record,
+            "round": round,
+            "protocol": protocol,
+            "state": sha.hexdigest(),
+            "files": {name: _hash(aside / name) for name in files},
+            "record": record(),
         }
         write_file(aside / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
+    return _opened(folder, read_manifest(folder))
 
 
 def read(folder: Path) -> Checkpoint:
     """Return a committed checkpoint. Raises CheckpointError where a file is missing, cut or altered."""
     manifest = read_manifest(folder)
-    tensors: dict[str, State] = {STEP: {}}
-    for name in (STATE, SERVER, *({STEP} & manifest["files"].keys())):
+    for name in {STATE, SERVER} | manifest["files"].keys():
         try:
-            block = (folder / name).read_bytes()
-            if hashlib.sha256(block).hexdigest() != manifest["files"][name]:
+            if _hash(folder / name) != manifest["files"][name]:
                 raise CheckpointError(_damaged(folder, f"'{name}' differs from its hash in the manifest"))
-            tensors[name] = unpack(block)[0]
-        except (OSError, KeyError, UpdateError) as error:
+        except (OSError, KeyError) as error:
             raise CheckpointError(_damaged(folder, f"'{name}' cannot be read")) from error
+    return _opened(folder, manifest)
+
+
+def _opened(folder: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+    """Return a checkpoint whose files are known to be whole."""
+    try:
+        files = {name: TensorFile(folder / name) for name in manifest["files"]}
+    except (OSError, UpdateError) as error:
+        raise CheckpointError(_damaged(folder, "its tensors cannot be read")) from error
     round, protocol, record, named = (manifest[key] for key in ("round", "protocol", "record", "state"))
-    return Checkpoint(round, protocol, tensors[STATE], tensors[SERVER], record, tensors[STEP], named)
+    return Checkpoint(round, protocol, files[STATE], files[SERVER], record, files.get(STEP, {}), named)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -78,6 +103,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(_damaged(folder, "its manifest cannot be read")) from error
     return manifest
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damaged(folder: Path, what: str) -> str:

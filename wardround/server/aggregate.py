@@ -1,15 +1,14 @@
 """Folding updates into a state: pure functions, one tensor in memory at a time."""
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import reduce
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
 
 from wardround.config.aggregation import AggregationConfig
 from wardround.config.correction import VARIATE
-from wardround.server.optimisers import KINDS, advance
-from wardround.update import Array, State
+from wardround.server.optimisers import advance, kinds
+from wardround.update import Array, Layout, State
 
 
 class Read(Protocol):
@@ -28,43 +27,53 @@ def weighted_mean(read: Read, weights: Mapping[str, float], name: str) -> Array:
     >>> weighted_mean(lambda site, name: deltas[site], {"oslo": 3.0, "lyon": 1.0}, "w")
     array([3.])
     """
+    first, *others = sorted(weights)
     total = sum(weights[site] for site in sorted(weights))
-    mean: Array = reduce(
-        np.add, (read(site, name).astype(np.float64) * (weights[site] / total) for site in sorted(weights))
-    )
+    mean = np.asarray(np.multiply(read(first, name), weights[first] / total, dtype=np.float64))
+    for site in others:
+        mean += np.multiply(read(site, name), weights[site] / total, dtype=np.float64)
     return mean
 
 
-def fold(state: State, server: State, delta: Callable[[str], Array], config: AggregationConfig) -> tuple[State, State]:
-    """Return the next state and the server optimiser's next tensors; `delta` gives one tensor's folded delta.
+def fold(
+    name: str, old: Array, server: Mapping[str, Array], delta: Array, config: AggregationConfig
+) -> tuple[Array, State]:
+    """Return one tensor of the next state, and the server optimiser's next tensors of it, from its folded delta.
 
     state += learning_rate * step, where the step is the optimiser's: with sgd without momentum the delta
     itself. Arithmetic is in float64; what is kept is of the state's own type, and float32 for the optimiser.
     """
-    new_state: State = {}
-    new_server: State = {}
-    for name, old in state.items():
-        before = {kind: server[f"{kind}{name}"] for kind in KINDS[config.optimiser] if f"{kind}{name}" in server}
-        step, after = advance(delta(name), before, config)
-        new_server |= {f"{kind}{name}": array.astype(np.float32) for kind, array in after.items()}
-        new_state[name] = (old.astype(np.float64) + config.learning_rate * step).astype(old.dtype)
-    return new_state, new_server
+    before = {kind: server[f"{kind}{name}"] for kind in kinds(config) if f"{kind}{name}" in server}
+    step, after = advance(delta, before, config)
+    kept = {f"{kind}{name}": array.astype(np.float32) for kind, array in after.items()}
+    return np.asarray((old.astype(np.float64) + config.learning_rate * step).astype(old.dtype)), kept
 
 
-def with_variates(state: State, server: State) -> State:
+def with_variates(state: Mapping[str, Array], server: Mapping[str, Array]) -> State:
     """Return a state with the server's control variates beside it, as SCAFFOLD sends it; at first they are zero."""
     names = {name: f"{VARIATE}{name}" for name in state}
-    return state | {mine: server.get(mine, np.zeros_like(state[name])) for name, mine in names.items()}
+    return {**state} | {mine: _variate(state[name], server, mine) for name, mine in names.items()}
 
 
-def next_variates(read: Read, sites: Iterable[str], members: int, state: State, server: State) -> State:
-    """Return the server's control variates after a round: c + |S| / N * mean of the sites' changes.
+def variates_layout(layout: Layout) -> Layout:
+    """Return the layout of a state's control variates."""
+    return {f"{VARIATE}{name}": place for name, place in layout.items()}
+
+
+def next_variates(
+    read: Read, sites: Iterable[str], members: int, state: Mapping[str, Array], server: Mapping[str, Array]
+) -> Iterator[tuple[str, Array]]:
+    """Yield the server's control variates after a round: c + |S| / N * mean of the sites' changes.
 
     SCAFFOLD, Karimireddy et al. 2020 (arXiv:1910.06378), Algorithm 1, line 17; N is `members`, absent or not.
     """
     alike = dict.fromkeys(sites, 1.0)
-    before = with_variates(state, server)
-    return {
-        name: (before[name] + len(alike) / members * weighted_mean(read, alike, name)).astype(before[name].dtype)
-        for name in sorted(before.keys() - state.keys())
-    }
+    for name in sorted(state):
+        mine = f"{VARIATE}{name}"
+        before = _variate(state[name], server, mine)
+        yield mine, (before + len(alike) / members * weighted_mean(read, alike, mine)).astype(before.dtype)
+
+
+def _variate(tensor: Array, server: Mapping[str, Array], mine: str) -> Array:
+    """Return a tensor's control variate, zero at first."""
+    return server[mine] if mine in server else np.zeros_like(tensor)

@@ -22,7 +22,7 @@ from wardround.server.rounds import run_rounds
 from wardround.server.run_folder import RunFolder, open_run, reread
 from wardround.server.tracking import Tracking
 from wardround.update import Refusal, Task
-from wardround.wire import message_to_answer, task_to_records
+from wardround.wire import block_record, message_to_answer, task_to_records
 
 log = logging.getLogger(__name__)
 app = ServerApp()
@@ -53,6 +53,7 @@ def run_federation(
     """
     fleet = Fleet(grid, run, key, roster)
     tracking = Tracking(run, release_key)
+    tracking.open()
 
     def committed(number: int) -> None:
         tracking.committed(number)
@@ -88,6 +89,7 @@ class Fleet:
         self.connected: list[str] = []
         self.missing: list[str] = []  # who was last said to be waited for; when that is said again, and after that
         self.say_at, self.pause = 0.0, 0.0
+        self.waiting_since = time.monotonic()  # for an answer: the last one came then, or the last task went out
         self.rounds: dict[str, int] = {}  # site -> the round that it was last asked in
         self.refused: dict[str, tuple[int, str]] = {}  # site -> the round that it gave nothing for, and why
         self.meet(run)
@@ -161,6 +163,7 @@ class Fleet:
         for message_id, sent in sorted(self.out.items(), key=lambda item: item[1][:3]):
             for reply in self.grid.pull_messages([message_id]):
                 del self.out[message_id]
+                self.waiting_since = time.monotonic()  # the others may be close behind
                 if reply.has_error() and reply.error.code in LEFT:
                     self.away[sent.site] = sent
                     break
@@ -179,7 +182,7 @@ class Fleet:
                 word = "went, and was not back for" if sent.asked else "was not connected after"
                 return site, Refusal("silent", f"{word} {self.deadline if sent.asked else self.patience:.0f} s")
         self._say_missing({site: sent.deadline for site, sent in self.away.items() if not sent.asked})
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause(time.monotonic() - self.waiting_since))
         return None
 
     def drop_late(self) -> None:
@@ -246,9 +249,11 @@ class Fleet:
         )
 
     def _push(self, tasks: Mapping[str, Task], nodes: Mapping[str, int], deadline: float | None = None) -> None:
+        blocks = {id(tasks[site].state): tasks[site].state for site in nodes}
+        shared = {one: block_record(state) for one, state in blocks.items()}  # each of them once, for all its sites
         messages = [
             Message(
-                task_to_records(tasks[site], site, self.key),
+                task_to_records(tasks[site], site, self.key, shared[id(tasks[site].state)]),
                 dst_node_id=node,
                 message_type=MESSAGES[tasks[site].kind],
                 group_id=tasks[site].name,
@@ -259,10 +264,22 @@ class Fleet:
             Sent(tasks[site].round, site, deadline or self._until(site, self.deadline), tasks[site]) for site in nodes
         ]
         self.out |= zip(self.grid.push_messages(messages), sent, strict=True)
+        self.waiting_since = time.monotonic()
         for one in sent:
             self.rounds[one.site] = one.round
             self.refused.pop(one.site, None)
         self._tell()
+
+
+def pause(waited: float) -> float:
+    """Return how long to wait before looking for answers again, after so many seconds without one.
+
+    A look costs SuperLink a request for each site that is waited for, and a round at most a thirtieth of its time.
+
+    >>> pause(1.0), pause(30.0), pause(3600.0)
+    (0.2, 1.0, 2.0)
+    """
+    return min(10 * POLL_SECONDS, max(POLL_SECONDS, waited / 30))
 
 
 def _public_key(member: str) -> EllipticCurvePublicKey | None:

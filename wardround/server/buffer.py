@@ -19,7 +19,7 @@ from wardround.server import cohort
 from wardround.server.rounds import Tally, ledger_of, newest_heads, take, tasks_of, too_few
 from wardround.server.run_folder import RunFolder
 from wardround.server.spool import Closed, Spool
-from wardround.update import Refusal, Task, layout
+from wardround.update import Refusal, Task
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Buffer:
             self.whole.add(site)
             self.training[site] = base
             return
-        shapes, most = layout(self.last.state), self.run.config.membership.max_staleness
+        shapes, most = self.last.state.layout, self.run.config.membership.max_staleness
         if isinstance(answer, bytes) and most is not None and self.number - base > most:
             self.tally.ledgers |= ledger_of(self.run, site, shapes, answer)
             answer = self._drop(site, base)

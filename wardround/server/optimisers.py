@@ -15,6 +15,11 @@ VELOCITY, FIRST, SECOND = "", "m.", "v."  # what stands before a tensor's name i
 KINDS = {"sgd": (VELOCITY,), "adam": (FIRST, SECOND), "yogi": (FIRST, SECOND), "adagrad": (SECOND,)}
 
 
+def kinds(config: AggregationConfig) -> tuple[str, ...]:
+    """Return what an optimiser keeps of each tensor, float32 of its shape: the keys of what `advance` returns."""
+    return () if config.optimiser == "sgd" and not config.momentum else KINDS[config.optimiser]
+
+
 def advance(delta: Array, before: Mapping[str, Array], config: AggregationConfig) -> tuple[Array, dict[str, Array]]:
     """Return one tensor's step, before the learning rate, and what the optimiser keeps of it, in float64.
 

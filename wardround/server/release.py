@@ -65,7 +65,7 @@ def export(
     shutil.rmtree(folder, ignore_errors=True)
     with new_folder(folder) as aside:
         norm = images if run.config.backbone.norm == "batch" else None
-        save_release(run.protocol, run.checkpoint(number).state, aside, lineage, norm)
+        save_release(run.protocol, dict(run.checkpoint(number).state), aside, lineage, norm)
         said = json.loads((aside / release.PROVENANCE).read_bytes())
         weights = said["sha256"][release.WEIGHTS]
         said["parent"] = parent(run, rows, weights)

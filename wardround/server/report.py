@@ -33,7 +33,7 @@ def write_report(path: Path, out: Path | None = None, scores: Sequence[Path] = (
     seen = None
     if run.config.evaluation_set is not None:
         images, sites = evaluation_set(run.config), list(history.members)
-        seen = look(run.protocol, run.committed(), lambda number: run.checkpoint(number).state, images, sites)
+        seen = look(run.protocol, run.committed(), lambda number: dict(run.checkpoint(number).state), images, sites)
     # A page is handed on: what the folder is called on this machine is nobody's business.
     page = page_of(history, seen, compared, "RUN" if path.is_absolute() else str(path))
     html = page.html(datetime.now(UTC), history.software["wardround"])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from wardround.config.aggregation import AggregationConfig, trimmed
 from wardround.errors import ConfigError
 from wardround.server.aggregate import Read, weighted_mean
-from wardround.update import Array, State
+from wardround.update import Array, Layout
 
 MEMORY_BUDGET = 256 * 2**20  # bytes of all sites at once; at the least, one row of a tensor's first axis
 _NUMBER = 8  # bytes: blocks are float64
@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 
 def folded(
-    read: Read, weights: Mapping[str, float], state: State, config: AggregationConfig
+    read: Read, weights: Mapping[str, float], layout: Layout, config: AggregationConfig
 ) -> tuple[Callable[[str], Array], Mapping[str, float]]:
     """Return a function that gives one tensor of the cohort's delta by the config's rule, in float64; and who counts.
 
@@ -31,7 +31,7 @@ def folded(
     before; the function then reads one tensor of the sites. Raises ConfigError where too few sites are there
     for the rule.
     """
-    sites, shapes = sorted(weights), {name: array.shape for name, array in state.items()}
+    sites, shapes = sorted(weights), {name: shape for name, (shape, _) in layout.items()}
     if len(sites) < config.least_sites:
         raise ConfigError(
             f"[aggregation] rule = '{config.rule}' folds no fewer than {config.least_sites} updates with these keys, "

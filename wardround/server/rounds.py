@@ -7,7 +7,7 @@ folded as it was decided.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,18 +17,31 @@ from tqdm import tqdm
 
 from wardround.config.federation import Encoding
 from wardround.config.privacy import SitePrivacyConfig, UnitPrivacyConfig
-from wardround.encoding import check_encoded, compress, encode, inflate, keep, kept, stepped
+from wardround.encoding import (
+    check_encoded,
+    compress,
+    compressed_file,
+    encode,
+    encoded_layout,
+    inflate,
+    keep,
+    residual_layout,
+    residual_of,
+    stepped,
+)
 from wardround.errors import UpdateError
 from wardround.privacy import site_level
 from wardround.registry import checkpoint
-from wardround.registry.checkpoint import Checkpoint
+from wardround.registry.checkpoint import SERVER, STATE, STEP, Checkpoint, Draft
 from wardround.registry.versions import versions
 from wardround.server import cohort
-from wardround.server.aggregate import Read, fold, next_variates, with_variates
+from wardround.server.aggregate import Read, fold, next_variates, variates_layout, with_variates
+from wardround.server.optimisers import kinds
 from wardround.server.robust import folded
 from wardround.server.run_folder import RunFolder, reread
 from wardround.server.spool import Closed, Spool
 from wardround.update import (
+    Array,
     Declared,
     Layout,
     Refusal,
@@ -89,19 +102,17 @@ def run_round(run: RunFolder, last: Checkpoint, number: int, gather: Gather) -> 
     }
     with spool.reader(closed) as read:
         share = sum(weights.values()) / sum(fresh.values())
-        after, server, weights = next_state(run, last, read, weights, share)
-    state, server, step = publish(run.protocol.encoding, last, after, server)
-    record = _record(run, closed, weights, last, time.time() - started)
-    new = Checkpoint(number, run.digest, state, server, record, step)
-    checkpoint.write(run.round(number) / "checkpoint", new)
+        draft, weights = next_state(run, last, read, weights, share)
+        record = partial(_record, run, closed, weights, last, started)
+        new = checkpoint.write(run.round(number) / "checkpoint", number, run.digest, draft, record)
     spool.drop_updates()
     return new
 
 
 def next_state(
     run: RunFolder, last: Checkpoint, read: Read, weights: Mapping[str, float], share: float
-) -> tuple[State, State, Mapping[str, float]]:
-    """Return the state and the server optimiser's tensors after a round, and the weights of the sites that count.
+) -> tuple[Draft, Mapping[str, float]]:
+    """Return the checkpoint after a round, made tensor by tensor as it is written, and the weights of who counts.
 
     `share` is what staleness leaves of the weights' sum, and so of the mean: FedBuff divides by the buffer's
     size, whatever is in it (Nguyen et al. 2022, arXiv:2106.06639, Algorithm 1).
@@ -112,39 +123,69 @@ def next_state(
     if isinstance(privacy, SitePrivacyConfig) and privacy.noise == "server":
         clip = float(last.server.get(site_level.CLIP, np.float64(privacy.clip)))
         noisy, clip = site_level.noisy_mean(read, weights, last.state, privacy, rounds, clip)
-        state, server = fold(last.state, last.server, noisy, config)
-        return state, {**server, site_level.CLIP: np.array(clip)}, weights
-    delta, counted = folded(read, weights, last.state, config)
+        return draft(run, last, noisy, {site_level.CLIP: np.array(clip)}.items()), weights
+    delta, counted = folded(read, weights, last.state.layout, config)
     if isinstance(privacy, SitePrivacyConfig):
         share *= len(weights) / privacy.cohort  # the mean over the declared cohort
-    state, server = fold(last.state, last.server, lambda name: share * delta(name), config)
-    if run.config.training.correction.name == "scaffold":
-        server |= next_variates(read, weights, len(run.members), last.state, last.server)
-    return state, server, counted
+    beside: Iterable[tuple[str, Array]] = ()
+    if scaffold(run):
+        beside = next_variates(read, weights, len(run.members), last.state, last.server)
+    return draft(run, last, lambda name: share * delta(name), beside), counted
 
 
-def outgoing(run: RunFolder, last: Checkpoint) -> State:
-    """Return the tensors that sites start from."""
-    carries = run.config.training.correction.name == "scaffold"
-    return with_variates(last.state, last.server) if carries else last.state
+def draft(
+    run: RunFolder, last: Checkpoint, delta: Callable[[str], Array], beside: Iterable[tuple[str, Array]]
+) -> Draft:
+    """Return the checkpoint after the last one, from one tensor's folded delta at a time.
+
+    The server's tensors are its optimiser's, the residual of what it sends and those in `beside`.
+    """
+    kind, config, shapes = run.protocol.encoding, run.config.aggregation, last.state.layout
+
+    def tensors() -> Iterator[tuple[str, str, Array]]:
+        for name in sorted(shapes):
+            old = last.state[name]
+            aim, kept = fold(name, old, last.server, delta(name), config)
+            new, lost, coded = publish(kind, name, old, aim, residual_of(last.server, name))
+            yield STATE, name, new
+            yield from ((SERVER, *one) for one in (kept | lost).items())
+            yield from ((STEP, *one) for one in coded.items())
+        yield from ((SERVER, *one) for one in beside)
+
+    server: Layout = {f"{kept}{name}": (shapes[name][0], "float32") for name in shapes for kept in kinds(config)}
+    if kind != "float32":
+        server |= residual_layout(shapes)
+    if scaffold(run):
+        server |= variates_layout(shapes)
+    if isinstance(run.config.privacy, SitePrivacyConfig) and run.config.privacy.noise == "server":
+        server[site_level.CLIP] = ((), "float64")
+    step = {STEP: encoded_layout(shapes, kind)} if kind != "float32" else {}
+    return Draft({STATE: shapes, SERVER: server, **step}, tensors())
 
 
-def publish(kind: Encoding, last: Checkpoint, aim: State, server: State) -> tuple[State, State, State]:
-    """Return the state to commit, the server's tensors with the next residual, and the encoded step to that state.
+def scaffold(run: RunFolder) -> bool:
+    """Return whether control variates cross beside the state."""
+    return run.config.training.correction.name == "scaffold"
+
+
+def outgoing(run: RunFolder, last: Checkpoint) -> tuple[Layout, str]:
+    """Return the layout of the tensors that sites start from, and their hash."""
+    if scaffold(run):
+        state = with_variates(last.state, last.server)
+        return layout(state), state_hash(state)
+    return last.state.layout, last.hash
+
+
+def publish(kind: Encoding, name: str, old: Array, aim: Array, residual: State) -> tuple[Array, State, State]:
+    """Return one tensor of the state to commit, its next residual for the server, and the encoded step to it.
 
     What is committed is what a site gets that adds the step to the state before. A float32 step would cost
-    as much as the state itself, and none is made. `aim` is used up, tensor by tensor, as the step takes its place.
+    as much as the state itself, and none is made.
     """
     if kind == "float32":
-        return aim, server, {}
-    residual, _ = kept(last.server)
-    step: State = {}
-    lost: State = {}
-    for name in list(aim):
-        coded, beside = encode({name: aim.pop(name) - last.state[name]}, kind, residual)
-        step |= coded
-        lost |= beside
-    return stepped(last.state, step, kind), server | keep(lost), step
+        return aim, {}, {}
+    coded, lost = encode({name: aim - old}, kind, residual)
+    return stepped({name: old}, coded, kind)[name], keep(lost), coded
 
 
 def collect(run: RunFolder, last: Checkpoint, spool: Spool, number: int, ask: Ask) -> Closed:
@@ -154,8 +195,7 @@ def collect(run: RunFolder, last: Checkpoint, spool: Spool, number: int, ask: As
         asked = dict.fromkeys(cohort.choose(run.config, list(run.members), number), number)
         spool.open(asked)
     missing = sorted(set(asked) - set(spool.arrived()))
-    tally, state = Tally(), outgoing(run, last)
-    shapes, start = layout(state), last.hash if state is last.state else state_hash(state)
+    tally, (shapes, start) = Tally(), outgoing(run, last)
     for whole in (False, True):  # who lacks the state that its step starts from is asked again with the whole one
         tasks = tasks_of(run, last, number, missing, whole)
         missing = []
@@ -258,9 +298,11 @@ def tasks_of(run: RunFolder, last: Checkpoint, number: int, sites: list[str], wh
     protocol = json.dumps(run.protocol.model_dump(mode="json"), sort_keys=True)
     folded, ledgers = last.record.get("last_folded", {}), last.record.get("ledgers", {})
     near = [site for site in sites if last.step and folded.get(site) == last.round and not whole]
-    hashes = {"from": last.record["parent"], "to": last.hash} if near else {}
-    step = compress(pack(last.step, hashes)) if near else b""
-    state = compress(pack(outgoing(run, last), {})) if len(near) < len(sites) else b""
+    step = state = b""
+    if near:
+        step = compress(pack(last.step, {"from": last.record["parent"], "to": last.hash}))
+    if len(near) < len(sites):
+        state = whole_state(run, last)
     units = run.config.membership.units if isinstance(run.config.privacy, UnitPrivacyConfig) else {}
     return {
         site: Task(
@@ -275,6 +317,13 @@ def tasks_of(run: RunFolder, last: Checkpoint, number: int, sites: list[str], wh
     }
 
 
+def whole_state(run: RunFolder, last: Checkpoint) -> bytes:
+    """Return the block of all that sites start from, compressed; without control variates it is the state's file."""
+    if scaffold(run):
+        return compress(pack(with_variates(last.state, last.server), {}))
+    return compressed_file(last.state.path)
+
+
 def newest_heads(seen: Mapping[str, str], came: Mapping[str, str]) -> dict[str, str]:
     """Return each site's longest ledger: lengths only grow, and a shorter one is a restored copy."""
     heads = dict(seen)
@@ -284,9 +333,9 @@ def newest_heads(seen: Mapping[str, str], came: Mapping[str, str]) -> dict[str, 
 
 
 def _record(
-    run: RunFolder, closed: Closed, weights: Mapping[str, float], last: Checkpoint, seconds: float
+    run: RunFolder, closed: Closed, weights: Mapping[str, float], last: Checkpoint, started: float
 ) -> dict[str, Any]:
-    """Return what the manifest tells a person about the round."""
+    """Return what the manifest tells a person about the round, which is over now."""
     total = sum(weights.values())
     number = last.round + 1
     return {
@@ -303,7 +352,7 @@ def _record(
         "bytes_received": closed.bytes,
         "received": closed.received,
         "bytes_sent": closed.sent,
-        "seconds": seconds,
+        "seconds": time.time() - started,
         "parent": last.hash,
         "versions": versions(),
     }

@@ -118,7 +118,7 @@ def create(path: Path, plan: "Plan", members: dict[str, str], tracking: str, ver
     write_file(path / "run.json", json.dumps({"tracking": tracking, "id": known, "start": plan.start}).encode())
     write_file(path / "federation.json", plan.config.model_dump_json(indent=2).encode())
     if 0 not in run.committed():
-        checkpoint.write(run.round(0) / "checkpoint", Checkpoint(0, plan.digest, plan.state, {}, {}))
+        checkpoint.write(run.round(0) / "checkpoint", 0, plan.digest, checkpoint.initial(plan.state))
     # Last: a folder with a protocol is a whole one.
     write_file(path / "protocol.json", plan.protocol.model_dump_json(indent=2).encode())
     return run

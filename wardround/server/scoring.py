@@ -6,13 +6,13 @@ RUN/evaluations/00012.json   what the sites said of round 12, and why others sai
 import json
 from pathlib import Path
 
-from wardround.encoding import compress, inflate
+from wardround.encoding import inflate
 from wardround.errors import CheckpointError, ConfigError, UpdateError
 from wardround.probe.site_scores import Asked, SiteScores
 from wardround.registry.durable import write_file
-from wardround.server.rounds import Ask, outgoing
+from wardround.server.rounds import Ask, whole_state
 from wardround.server.run_folder import RunFolder
-from wardround.update import Refusal, Task, pack
+from wardround.update import Refusal, Task
 
 
 def refuse_unfit(run: RunFolder) -> None:
@@ -36,7 +36,7 @@ def ask_sites(run: RunFolder, ask: Ask) -> Asked:
     refuse_unfit(run)
     last = run.newest()
     protocol = json.dumps(run.protocol.model_dump(mode="json"), sort_keys=True)
-    task = Task(last.round, protocol, 0, compress(pack(outgoing(run, last), {})), kind="evaluation")
+    task = Task(last.round, protocol, 0, whole_state(run, last), kind="evaluation")
     asked = Asked(last.round, last.hash, {}, {})
     for site, answer in ask(dict.fromkeys(run.members, task)):
         try:

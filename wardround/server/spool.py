@@ -13,15 +13,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from safetensors import safe_open
 
 from wardround.encoding import SCALES, decode_one
 from wardround.errors import CheckpointError
 from wardround.registry.durable import write_file
+from wardround.registry.tensors import TensorFile
 from wardround.server.aggregate import Read
-from wardround.update import META, Array, Declared, Refusal, Update
+from wardround.update import Array, Declared, Refusal
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,11 @@ class Spool:
         """
         declared, hashes, rounds, sizes = {}, {}, {}, {}
         for site in self.arrived():
-            block = self._update(site).read_bytes()
-            update = Update.from_bytes(block)
-            declared[site], rounds[site] = update.declared, update.round
-            hashes[site] = hashlib.sha256(block).hexdigest()
-            sizes[site] = received.get(site, len(block))  # what came before a restart counts by its size here
+            path = self._update(site)
+            header = TensorFile(path).header
+            declared[site], rounds[site] = Declared(**header["declared"]), header["round"]
+            hashes[site] = _hash(path)
+            sizes[site] = received.get(site, path.stat().st_size)  # what came before a restart counts by its size here
         reasons = {site: f"{refusal.code}: {refusal.text}" for site, refusal in refused.items() if site not in hashes}
         heads = {**ledgers, **{site: value.ledger for site, value in declared.items() if value.ledger is not None}}
         size, still, late = sum(sizes.values()), dict(training or {}), dict(dropped or {})
@@ -102,9 +100,9 @@ class Spool:
     def reader(self, closed: Closed) -> Iterator[Read]:
         """Give a function that reads and decodes one tensor of one site's delta, after checking every update's hash.
 
-        With a part, it reads no more of the tensor than that, which `safetensors` maps from the file.
+        With a part, it reads no more of the tensor than that.
         """
-        files = {}
+        files: dict[str, TensorFile] = {}
         for site, sha in closed.updates.items():
             path = self._update(site)
             if not path.exists() or _hash(path) != sha:
@@ -112,7 +110,7 @@ class Spool:
                     f"{path}: differs from what closed.json names; the round cannot be folded as decided. "
                     "Restore the file, or remove the round's folder to train it again."
                 )
-            files[site] = safe_open(path, framework="numpy")
+            files[site] = TensorFile(path)
 
         yield partial(_read, files)
 
@@ -124,19 +122,15 @@ class Spool:
         return self.folder / "updates" / f"{site}.safetensors"
 
 
-def _read(files: Mapping[str, Any], site: str, name: str, *part: slice) -> Array:
+def _read(files: Mapping[str, TensorFile], site: str, name: str, *part: slice) -> Array:
     """Return a tensor of a site's delta, or part of its first axis."""
     file = files[site]
-    kind, first = json.loads(file.metadata()[META]).get("encoding", "float32"), 0
-    if part:
-        first = (part[0].start or 0) * math.prod(file.get_slice(name).get_shape()[1:])
+    first = (part[0].start or 0) * math.prod(file.layout_of(name)[0][1:]) if part else 0
 
     def get(key: str) -> Array:
-        whole = not part or key.endswith(SCALES)  # all scales: a sixty-fourth of their codes
-        array: Array = file.get_tensor(key) if whole else file.get_slice(key)[part]
-        return array
+        return file[key] if key.endswith(SCALES) else file.read(key, *part)  # all scales: a sixty-fourth of their codes
 
-    return decode_one(get, name, kind, first)
+    return decode_one(get, name, file.header.get("encoding", "float32"), first)
 
 
 def _hash(path: Path) -> str:

@@ -6,7 +6,7 @@ round that is not yet logged is logged at the next commit, or by the next start 
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -55,8 +55,16 @@ class Tracking:
         for warning in (*collapse, *drift_lines(sites, before), *audit_lines(sites, before)):
             tqdm.write(warning)
         self.draw(number)
+        self._try(self.log)
+
+    def open(self) -> None:
+        """Open the run in MLflow while sites connect: a new database takes seconds, which no round need wait for."""
+        self._try(lambda: self.mlflow_run)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        """Call what needs MLflow; warn once where it is not there."""
         try:
-            self.log()
+            call()
         except TrackingError as error:
             if not self.warned:
                 tqdm.write(f"warning: {error} Training goes on; the rounds are logged later.")
@@ -71,7 +79,7 @@ class Tracking:
             from wardround.report.neighbours import draw_neighbours
             from wardround.report.reconstruction import draw_reconstructions
 
-            state = self.run.checkpoint(number).state
+            state = dict(self.run.checkpoint(number).state)
             title = f"{self.run.config.name}, round {number}"
             drawn = (self.run.config, state, self.images, self._picture(number), title)
             if not draw_reconstructions(*drawn):
