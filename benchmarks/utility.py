@@ -125,7 +125,7 @@ def main() -> None:
     given = options.parse_args()
     if given.quick:
         given.seeds, given.partitions, given.methods, given.tune = 1, ["sites"], ["simclr"], []
-    console = Console()
+    console = Console(width=150)
     cells = [one for one in plan(given) if not given.only_kept or (folder_of(one, given) / "scores.json").exists()]
     scores = score_all(cells, given)
     scored = [Scored(one.method, one.partition, one.arm, one.seed, scores[folder_of(one, given)]) for one in cells]

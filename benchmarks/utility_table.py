@@ -178,7 +178,7 @@ def tables(scored: Sequence[Scored]) -> Iterator[Table]:
     """Give a table a method and partition, and below it what the federation was for."""
     for method, partition, by_arm in groups(scored):
         made = Table(title=f"{method}, {partition}: test AUC, mean ± sd over seeds", title_justify="left")
-        for column in ("arm", *(head(*key) for key in SHOWN)):
+        for column in ("arm", *(head(*key) for key in measured(by_arm))):
             made.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column != "arm")
         for line in lines(by_arm):
             made.add_row(*line)
@@ -192,10 +192,16 @@ def head(probe: str, fraction: float) -> str:
     return f"{'fine-tuned' if probe == 'full' else probe} {fraction:.0%}"
 
 
+def measured(by_arm: dict[str, dict[int, Scored]]) -> list[tuple[str, float]]:
+    """Return which scores any arm has."""
+    scored = [one for cells in by_arm.values() for one in cells.values()]
+    return [key for key in SHOWN if any(one.auc(*key) is not None for one in scored)]
+
+
 def lines(by_arm: dict[str, dict[int, Scored]]) -> Iterator[list[str]]:
     """Give a line an arm."""
     for arm, cells in by_arm.items():
-        yield [arm, *(mean_and_sd([one.auc(*key) for one in cells.values()]) for key in SHOWN)]
+        yield [arm, *(mean_and_sd([one.auc(*key) for one in cells.values()]) for key in measured(by_arm))]
 
 
 def markdown(scored: Sequence[Scored], said: dict[str, Any]) -> str:
@@ -206,8 +212,9 @@ def markdown(scored: Sequence[Scored], said: dict[str, Any]) -> str:
     for method, partition, by_arm in groups(scored):
         seeds = len({seed for cells in by_arm.values() for seed in cells})
         parts.append(f"## {method}, {partition}: test AUC over {seeds} seeds\n")
-        parts.append("| " + " | ".join(("arm", *(head(*key) for key in SHOWN))) + " |")
-        parts.append("|---" * (1 + len(SHOWN)) + "|")
+        columns = ("arm", *(head(*key) for key in measured(by_arm)))
+        parts.append("| " + " | ".join(columns) + " |")
+        parts.append("|---" * len(columns) + "|")
         parts += ["| " + " | ".join(line) + " |" for line in lines(by_arm)]
         asked = questions(by_arm, partition)
         parts.append("\n" + "\n".join(f"- {one.text}: {one.answer}" for one in asked) + "\n")

@@ -90,6 +90,7 @@ def test_the_page_has_a_line_an_arm_and_the_goals() -> None:
         [one for found in cells().values() for one in found.values()],
         {"machine": machine, "command": "utility.py", "day": "2026-11-28"},
     )
+    assert "| arm | linear 100% | fine-tuned 1% |" in page  # what no arm has is no column
     assert "| federated | .700 ± .000 |" in page
     assert "- federated less the largest site alone (site1): +.000 ± .635 (goal +.000: met)" in page
 
