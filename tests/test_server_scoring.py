@@ -17,12 +17,14 @@ from wardround.client.audit import AuditLog
 from wardround.data import read_labelled, select_site
 from wardround.downstream.arms import release_arm
 from wardround.downstream.evaluate import evaluate
+from wardround.encoding import compress
 from wardround.errors import ConfigError, UpdateError
 from wardround.probe.site_scores import SiteScores
+from wardround.registry.checkpoint import Checkpoint
 from wardround.server.run_folder import RunFolder, open_run
 from wardround.server.scoring import kept_at, read_asked
 from wardround.simulate import InProcessGrid, ask_sites, simulate
-from wardround.update import state_hash
+from wardround.update import pack, state_hash
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,10 @@ def test_the_sites_log_tells_of_the_question_and_of_the_scores(run: RunFolder) -
 
 
 def test_another_state_than_the_architectures_is_refused(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulation.scoring, "outgoing", lambda run, last: {"evil": last.state[next(iter(last.state))]})
+    def evil(run: RunFolder, last: Checkpoint) -> bytes:
+        return compress(pack({"evil": last.state[next(iter(last.state))]}, {}))
+
+    monkeypatch.setattr(simulation.scoring, "whole_state", evil)
     asked = ask_sites(run)
     assert asked.refused["lyon"].startswith("policy: the coordinator's state")
 
