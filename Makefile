@@ -44,7 +44,7 @@ matrix: setup
 audit: setup
 	$(BIN)/python benchmarks/audit.py --out benchmarks/results/$$(date +%F)-audit.json
 
-# Federated beside central, local-only and random on real images: ten minutes with ARGS=--quick, else hours without a GPU.
+# Federated beside central, local-only and random on real images: short with ARGS=--quick, else hours without a GPU.
 # DATA is the folder that holds malaria_cells, cxr_pneumonia and bccd_cells: make evidence SUITE=malaria DATA=...
 evidence: setup
 	$(BIN)/python benchmarks/utility.py --suite $(SUITE) --data $(DATA) $(ARGS)

@@ -12,8 +12,8 @@ Arms:  random, raw pixels, central, federated (FedAvg), FedProx, FedAdam, FedEMA
 Cells: method x partition x arm x seed. Each is kept in a folder that its config's digest names: a run that was cut
        goes on, and a changed setting trains only what it changes. --jobs trains several at a time.
 
-Writes SUITE.json, SUITE.md and SUITE.png into --out. --quick: one seed of SimCLR over the folder's own sites, short:
-ten minutes on two cores. The whole is meant for a GPU, --device cuda --jobs 8.
+Writes SUITE.json, SUITE.md and SUITE.png into --out. --quick: one seed of SimCLR over the folder's own sites, a short
+schedule, meant for ten minutes on two cores. The whole is meant for a GPU, --device cuda --jobs 8.
 """
 
 import argparse

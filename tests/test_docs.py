@@ -54,6 +54,12 @@ def test_the_two_commands_of_the_readme_are_make_targets_that_run_the_main_job_a
     assert "-m pytest" in plans["test"]
 
 
+def test_the_command_of_the_evidence_is_a_make_target_that_measures() -> None:
+    (command,) = (code.strip() for language, code in blocks(ROOT / "docs" / "evidence.md") if language == "bash")
+    plan = subprocess.run([*command.split(), "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "benchmarks/utility.py --suite malaria --data images --quick" in plan
+
+
 def scripts() -> list[Path]:
     return [page for page in PAGES if any(language in ("bash", "python", "toml") for language, _ in blocks(page))]
 
