@@ -3,12 +3,13 @@
     python benchmarks/utility.py --suite malaria --data shared/data [--quick] [--out runs/utility] [--device cuda]
 
 Every trained arm sees the same number of images in the same schedule: a single site, or all images in one place,
-takes as many steps as all sites of the federation together. Frozen features are probed (k-NN, linear) at 1, 10 and
+takes as many steps as all sites of the federation together. Each site is also trained alone for the steps that it
+takes in the federation: in the same time. Frozen features are probed (k-NN, linear) at 1, 10 and
 100 % of the training labels. The random start, the central and the federated network are also trained on with labels,
 at the fractions of --tune: all weights, the first of them from scratch.
 
 Arms:  random, raw pixels, central, federated (FedAvg), FedProx, FedAdam, FedEMA (of BYOL), int8, one site missing,
-       patient-level DP, SITE alone, the largest site first.
+       patient-level DP, SITE alone, SITE in the same time; the largest site first.
 Cells: method x partition x arm x seed. Each is kept in a folder that its config's digest names: a run that was cut
        goes on, and a changed setting trains only what it changes. --jobs trains several at a time.
 
@@ -60,7 +61,7 @@ from wardround.simulate import simulate
 DELTA = 1e-3  # below one over the patients of the largest site
 AWAY = 0.3  # share of the rounds that the missing site misses
 MISSING = "one site missing"
-SERVER_ADAM = {"optimiser": "adam", "learning_rate": 1e-3, "betas": [0.9, 0.99], "tau": 1e-3}
+SERVER_ADAM = {"optimiser": "adam", "momentum": 0.0, "learning_rate": 1e-3, "betas": [0.9, 0.99], "tau": 1e-3}
 # What a federated arm changes in the suite's config.
 FEDERATED: dict[str, dict[str, Any]] = {
     "federated": {},
@@ -161,7 +162,8 @@ def plan(given: argparse.Namespace) -> Iterator[Cell]:
 def arms(base: dict[str, Any], dealt: Path, one: Path, quick: bool) -> Iterator[tuple[str, FederationConfig, Path]]:
     """Give the arms of a partition: name, what is trained, and on which folder."""
     sites, method = labelled_sites(dealt), base["method"]["name"]
-    together = merged(base, {"training": longer(base["training"], len(sites))})
+    single = base | {"aggregation": {}}  # whose optimiser is for steps of several sites
+    together = merged(single, {"training": longer(base["training"], len(sites))})
     for untrained in ("random", "raw pixels"):
         yield untrained, parse(base, FederationConfig, base["name"]), one
     yield "central", parse(together, FederationConfig, base["name"]), one
@@ -172,9 +174,10 @@ def arms(base: dict[str, Any], dealt: Path, one: Path, quick: bool) -> Iterator[
             changes = changes | {"membership": {"units": patients(dealt)}, "training": private(base["training"])}
         yield arm, parse(merged(base, changes), FederationConfig, base["name"]), dealt
     by_size = [site for site, _ in images(dealt).most_common()]
-    for site in by_size[:1] if quick else by_size:
-        alone = merged(together, {"membership": {"sites": {site: 1.0}}})
-        yield f"{site} alone", parse(alone, FederationConfig, base["name"]), dealt
+    for schedule, how in ((together, "alone"), (single, "in the same time")):
+        for site in by_size[:1] if quick else by_size:
+            alone = merged(schedule, {"membership": {"sites": {site: 1.0}}})
+            yield f"{site} {how}", parse(alone, FederationConfig, base["name"]), dealt
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,6 @@ class Question:
 
 def questions(by_arm: dict[str, dict[int, Scored]], partition: str) -> list[Question]:
     """Return what a federation is asked: of the linear probe's AUC at all labels, where nothing else is said."""
-    alone = [arm for arm in by_arm if arm.endswith(" alone")]  # the largest site first
     asked: list[Question] = []
 
     def ask(
@@ -135,13 +134,12 @@ def questions(by_arm: dict[str, dict[int, Scored]], partition: str) -> list[Ques
     ask("federated less central", "federated", "central", -0.01 if partition == "iid" else None)
     if partition != "iid":
         asked += retained(by_arm)
-    seeds = [seed for seed in by_arm.get("federated", {}) if all(seed in by_arm[arm] for arm in alone)]
-    if len(alone) > 1 and seeds:
-        means = [statistics.mean(linear(by_arm[arm][seed]) for arm in alone) for seed in seeds]
-        gains = [linear(by_arm["federated"][seed]) - mean for seed, mean in zip(seeds, means, strict=True)]
-        asked.append(Question("gain of joining: federated less the mean of the sites alone", gains, 0.03))
-    if alone:
-        ask(f"federated less the largest site alone ({alone[0].removesuffix(' alone')})", "federated", alone[0], 0.0)
+    for how, least in (("alone", 0.0), ("in the same time", None)):
+        sites = [arm for arm in by_arm if arm.endswith(f" {how}")]  # the largest first
+        asked += joining(by_arm, sites, how)
+        if sites:
+            largest = f"federated less the largest site {how} ({sites[0].removesuffix(f' {how}')})"
+            ask(largest, "federated", sites[0], least)
     for fraction, least in ((0.01, 0.05), (0.1, 0.02), (1.0, None)):
         text = f"fine-tuned at {fraction:.0%} of labels: federated less from scratch"
         ask(text, "federated", "random", least, ("full", fraction))
@@ -149,6 +147,16 @@ def questions(by_arm: dict[str, dict[int, Scored]], partition: str) -> list[Ques
     ask("one site missing less federated", "one site missing", "federated", -0.01)
     ask("patient-level DP less random, which it starts from", "patient-level DP", "random", 0.0)
     return asked
+
+
+def joining(by_arm: dict[str, dict[int, Scored]], sites: list[str], how: str) -> list[Question]:
+    """Return what a federation has over the mean of its sites by themselves; of one site there is no mean."""
+    seeds = [seed for seed in by_arm.get("federated", {}) if all(seed in by_arm[site] for site in sites)]
+    if len(sites) < 2 or not seeds:
+        return []
+    means = [statistics.mean(linear(by_arm[site][seed]) for site in sites) for seed in seeds]
+    gains = [linear(by_arm["federated"][seed]) - mean for seed, mean in zip(seeds, means, strict=True)]
+    return [Question(f"gain of joining: federated less the mean of the sites {how}", gains, 0.03)]
 
 
 def retained(by_arm: dict[str, dict[int, Scored]]) -> list[Question]:

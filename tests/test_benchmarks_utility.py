@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ def cells() -> dict[str, dict[int, Scored]]:
         "federated": [scored("federated", 1, 0.7, full=0.6), scored("federated", 2, 0.7, full=0.6)],
         "site1 alone": [scored("site1 alone", 1, 0.65), scored("site1 alone", 2, 0.75)],
         "site2 alone": [scored("site2 alone", 1, 0.55), scored("site2 alone", 2, 0.65)],
+        "site1 in the same time": [scored("site1 in the same time", 1, 0.5)],
     }
     return {arm: {one.seed: one for one in found} for arm, found in table.items()}
 
@@ -67,6 +69,8 @@ def test_what_is_asked_of_a_federation_is_paired_by_seed() -> None:
     assert joined.values == pytest.approx([0.1, 0.0]) and "(goal +.030: met)" in joined.answer
     largest = found["federated less the largest site alone (site1)"]
     assert largest.values == pytest.approx([0.05, -0.05])
+    briefly = found["federated less the largest site in the same time (site1)"]
+    assert briefly.values == pytest.approx([0.2]) and briefly.least is None  # told, no goal
     tuned = found["fine-tuned at 1% of labels: federated less from scratch"]
     assert tuned.values == pytest.approx([0.1, 0.0])
     assert "int8 less federated" not in found  # an arm that was not trained is not told of
@@ -99,6 +103,20 @@ def test_an_answer_tells_by_how_much_a_goal_is_missed() -> None:
     assert Question("a", [0.01], least=0.05).answer == "+.010 (goal +.050: **missed** by 0.040)"
 
 
+def test_a_server_optimiser_is_the_federations_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Central training and a site by itself have no several sites' steps to carry on."""
+    monkeypatch.chdir(ROOT)
+    write_labelled(tmp_path, {"oslo": 20, "lyon": 40}, size=48)
+    base = tomllib.loads(Path("federation_configs/malaria_simclr.toml").read_text())
+    base["aggregation"] = {"momentum": 0.5}
+    found = {arm: config for arm, config, _ in utility.arms(base, tmp_path, tmp_path, quick=False)}
+    with_momentum = {arm for arm, config in found.items() if config.aggregation.momentum == 0.5}
+    assert {"federated", "int8", utility.MISSING} <= with_momentum
+    assert not {"central", "lyon alone", "lyon in the same time"} & with_momentum
+    steps = {arm: config.training.total_steps for arm, config in found.items()}
+    assert steps["lyon alone"] == steps["central"] == 2 * steps["lyon in the same time"] == 2 * steps["federated"]
+
+
 @pytest.mark.slow
 def test_cells_are_trained_once_and_an_absent_site_is_in_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,7 +140,7 @@ def test_cells_are_trained_once_and_an_absent_site_is_in_the_record(
         jobs=2,
     )
     monkeypatch.setattr(utility, "TUNING", utility.Tuning(ways=("full",), epochs=1, least_steps=1))
-    assert [cell.arm for cell in utility.plan(given)][-1] == "lyon alone"  # the largest
+    assert [cell.arm for cell in utility.plan(given)][-2:] == ["lyon alone", "lyon in the same time"]
     given.arms = ["random", utility.MISSING]
     found = []
     for cell in utility.plan(given):
