@@ -5,9 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wardround.client.journal import Journal
-from wardround.errors import BudgetExhausted, PolicyRefusal, WardroundError
-from wardround.update import Declared, State, Update
+from wardround.client import journal as module
+from wardround.client.journal import STEPS, Journal
+from wardround.encoding import encode, stepped
+from wardround.errors import BudgetExhausted, CheckpointError, PolicyRefusal, WardroundError
+from wardround.registry.tensors import TensorFile
+from wardround.update import Declared, Start, State, Update, state_hash
 
 DECLARED = Declared(steps=1, version="0.1.0", images=3, patients=2, loss=0.25)
 
@@ -98,3 +101,99 @@ def test_what_the_journal_writes_is_for_the_site_alone(journal: Journal) -> None
     begin(journal, 1)
     journal.finish(1, block(1), memory(1), 0)
     assert {path.stat().st_mode & 0o777 for path in journal.folder.rglob("*.*") if path.is_file()} == {0o600}
+
+
+def states(count: int) -> list[Start]:
+    """Return states of which each but the first came by a step from the one before."""
+    draw, state = np.random.default_rng(0), {"w": np.zeros(600, np.float32), "n": np.zeros((), np.float32)}
+    found = [Start(state, state_hash(state))]
+    for _ in range(count - 1):
+        delta = {name: np.asarray(draw.normal(size=array.shape), np.float32) for name, array in state.items()}
+        step, _ = encode(delta, "int8", {})
+        state = stepped(state, step, "int8")
+        found.append(Start(state, state_hash(state), step))
+    return found
+
+
+def read_anew(journal: Journal) -> str | None:
+    """Return the hash of what another process would find, after seeing that it is that state's."""
+    module._held.clear()
+    found = journal.held("int8")
+    if found is None:
+        return None
+    assert state_hash(found.state) == found.hash
+    return found.hash
+
+
+def files(journal: Journal) -> list[str]:
+    return sorted(path.name for path in journal.folder.glob("*.safetensors"))
+
+
+def test_a_state_that_came_as_a_step_is_kept_as_one(journal: Journal) -> None:
+    for start in states(4):
+        journal.hold(start)
+        held = journal.held("int8")
+        assert held is not None and held.hash == start.hash and held.state is start.state
+    whole = TensorFile(journal.folder / "state.safetensors").header["hash"]
+    assert files(journal) == ["state.safetensors", *(f"step-0000{number}.safetensors" for number in (1, 2, 3))]
+    assert whole == states(1)[0].hash
+    assert read_anew(journal) == states(4)[-1].hash
+    assert {path.stat().st_mode & 0o777 for path in journal.folder.glob("*.safetensors")} == {0o600}
+
+
+def test_after_so_many_steps_or_a_restart_the_state_is_written_whole(journal: Journal) -> None:
+    all_of_them = states(STEPS + 4)
+    for start in all_of_them[: STEPS + 2]:
+        journal.hold(start)
+    assert files(journal) == ["state.safetensors"]
+    journal.hold(all_of_them[STEPS + 2])
+    assert len(files(journal)) == 2
+    assert read_anew(journal) == all_of_them[STEPS + 2].hash
+    journal.hold(all_of_them[-1])
+    assert files(journal) == ["state.safetensors"] and read_anew(journal) == all_of_them[-1].hash
+
+
+def test_a_state_that_came_whole_ends_the_steps(journal: Journal) -> None:
+    for start in states(3):
+        journal.hold(start)
+    other = {"w": np.ones(600, np.float32), "n": np.ones((), np.float32)}
+    journal.hold(Start(other, state_hash(other)))
+    assert files(journal) == ["state.safetensors"] and read_anew(journal) == state_hash(other)
+
+
+def test_steps_that_a_kill_left_beside_a_newer_state_are_passed_over(journal: Journal) -> None:
+    all_of_them = states(STEPS + 2)
+    for start in all_of_them[:-1]:
+        journal.hold(start)
+    left = {path: path.read_bytes() for path in journal.folder.glob("step-*.safetensors")}
+    journal.hold(all_of_them[-1])
+    for path, content in left.items():
+        path.write_bytes(content)
+    assert len(left) == STEPS and read_anew(journal) == all_of_them[-1].hash
+
+
+def test_what_is_held_is_the_state_before_or_after_whatever_a_write_leaves(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = states(3)
+    journal.hold(first)
+    journal.hold(second)
+
+    def full(*_: object) -> None:
+        raise CheckpointError("no space")
+
+    with monkeypatch.context() as broken, pytest.raises(CheckpointError):
+        broken.setattr(module, "write_tensors", full)
+        journal.hold(third)
+    assert read_anew(journal) == second.hash
+
+
+def test_a_damaged_or_lacking_step_loses_no_more_than_what_is_held(journal: Journal) -> None:
+    for start in states(4):
+        journal.hold(start)
+    middle = journal.folder / "step-00002.safetensors"
+    whole = middle.read_bytes()
+    middle.write_bytes(whole[:-1])
+    assert read_anew(journal) is None, "the coordinator then sends the whole state"
+    middle.unlink()
+    assert read_anew(journal) == states(2)[-1].hash, "an earlier state, which no step of the coordinator's starts from"

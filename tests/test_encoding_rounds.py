@@ -19,7 +19,7 @@ from warm import program
 
 from wardround import simulate as in_process
 from wardround.client.app import run_task
-from wardround.client.journal import Journal
+from wardround.client.journal import Journal, _held
 from wardround.client.local_round import local_round
 from wardround.client.policy import checked_state
 from wardround.config import read_site
@@ -426,9 +426,11 @@ def test_a_site_that_lost_its_state_says_so_without_training(crossed: Crossed, t
     trained = run_task(site, task)
     assert isinstance(trained, bytes)
     assert Update.from_bytes(trained).state == hashes["to"]
-    held = journal.held()
-    assert held is not None and state_hash(held.state) == held.hash == hashes["to"]
+    for _ in ("in this process", "in the next"):
+        held = journal.held("int8")
+        assert held is not None and state_hash(held.state) == held.hash == hashes["to"]
+        _held.clear()
     assert run_task(site, task) == trained  # replayed: what is held is now where the step leads
     path = journal.folder / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert journal.held() is None
+    assert journal.held("int8") is None

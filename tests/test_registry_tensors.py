@@ -1,11 +1,13 @@
 """Files of tensors that are read and written one by one: the same bytes as safetensors writes."""
 
 import tracemalloc
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 from honest_sites import make_run
+from safetensors.numpy import load, save
 
 from wardround.encoding import stepped
 from wardround.errors import UpdateError
@@ -27,16 +29,23 @@ TENSORS = {
 }
 
 
-def write(path: Path, names: list[str], shapes: Layout) -> None:
+IN_PLACE = list(load(save(TENSORS)))  # as they lie in the file
+
+
+def write(path: Path, names: list[str], shapes: Layout) -> str:
+    """Return what the writer says is the file's hash."""
     with TensorWriter(path, shapes, {"round": 3, "who": "Malmö"}) as file:
         for name in names:
             file.put(name, TENSORS[name])
+    return file.hexdigest()
 
 
-@pytest.mark.parametrize("names", [sorted(TENSORS), sorted(TENSORS, reverse=True)])
+@pytest.mark.parametrize("names", [IN_PLACE, sorted(TENSORS), sorted(TENSORS, reverse=True)])
 def test_tensors_written_in_any_order_give_the_bytes_of_a_block(tmp_path: Path, names: list[str]) -> None:
-    write(tmp_path / "file", names, layout(TENSORS))
-    assert (tmp_path / "file").read_bytes() == pack(TENSORS, {"round": 3, "who": "Malmö"})
+    found = write(tmp_path / "file", names, layout(TENSORS))
+    block = pack(TENSORS, {"round": 3, "who": "Malmö"})
+    assert (tmp_path / "file").read_bytes() == block
+    assert found == sha256(block).hexdigest()
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 

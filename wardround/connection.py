@@ -73,6 +73,7 @@ _SENDINGS = 7  # of one answer, each of what then still lacks; a minute or two
 _AWAY = 3.0  # seconds; the rounds' process looks five times a second
 _BEAT = 24.0  # seconds; Flower's hearts beat every 17.5 to 22.5
 _DOUBT = 30.0  # seconds without a message, after one may have been lost
+_SOON, _SELDOM = 0.2, 3.0  # seconds between two questions for a message
 _UNKNOWN = "does not know its key"
 _PROXY_REMEDIES = {
     "403": "; have the coordinator's address allowed there",
@@ -387,11 +388,15 @@ def _claimed(address: str, ca: bytes, secret: bytes, run: int) -> str:
         client.close()
 
 
-def polite_pause(since_message: float, now: float | None = None) -> float:
-    """Return how long to wait before asking again, in seconds: briefly while rounds go on, longer in between.
+def polite_pause(idle: float, before: float = 0.0) -> float:
+    """Return how long to wait before asking again, in seconds, after so many without a message.
 
-    >>> polite_pause(100.0, now=105.0), polite_pause(100.0, now=4000.0)
+    `before` is how long the last message let wait: this one, of a round like it, is looked for in earnest from
+    four fifths of that on, and until then once a second, so that a round costs a few requests.
+
+    >>> polite_pause(5.0), polite_pause(4000.0)
     (0.2, 3.0)
+    >>> polite_pause(5.0, before=10.0), round(polite_pause(7.5, before=10.0), 1), polite_pause(9.0, before=10.0)
+    (1.0, 0.5, 0.2)
     """
-    idle = (time.monotonic() if now is None else now) - since_message
-    return min(3.0, max(0.2, idle / 100))
+    return max(_SOON, min(1.0, 0.8 * before - idle), min(_SELDOM, idle / 100))

@@ -174,14 +174,16 @@ def _to_int8(values: Floats) -> State:
     A block's scale is its largest magnitude over 127; where that is zero, all its codes are.
     """
     flat = values.reshape(-1)
-    starts = np.arange(0, flat.size, BLOCK)
-    largest = np.maximum.reduceat(np.abs(flat), starts) if flat.size else flat
-    scales = np.asarray(largest / np.float32(127), np.float32)
-    wide = _spread(scales, flat.size)
-    codes = np.divide(flat, wide, out=np.zeros_like(flat), where=wide > 0)
+    lacking = np.zeros(-flat.size % BLOCK, flat.dtype)
+    blocks = (np.append(flat, lacking) if lacking.size else flat).reshape(-1, BLOCK)
+    work = np.abs(blocks)
+    scales = work.max(axis=1) / np.float32(127)
+    # In the one buffer: a pass over memory costs as much as the arithmetic in it.
+    np.divide(blocks, np.where(scales > 0, scales, np.float32(1))[:, None], out=work)
+    np.rint(work, out=work)
     # Below the normal numbers a scale has so few digits that a code could pass 127.
-    codes = np.clip(np.rint(codes), -127, 127).astype(np.int8)
-    return {"": codes.reshape(values.shape), SCALES: scales}
+    np.clip(work, -127, 127, out=work)
+    return {"": work.astype(np.int8).reshape(-1)[: flat.size].reshape(values.shape), SCALES: scales}
 
 
 def _spread(scales: Floats, size: int, first: int = 0) -> Floats:

@@ -251,6 +251,7 @@ class Start(NamedTuple):
 
     state: State
     hash: str
+    step: State | None = None  # encoded, by which it came from the state before
 
 
 TaskKind = Literal["task", "evaluation"]

@@ -119,7 +119,7 @@ def run_task(site: SiteConfig, task: Task, exchange: Exchange | None = None) -> 
     protocol = policy.agreed_protocol(site, task)
     journal = Journal(site.work, protocol.digest(), site.max_trainings_per_round)
     steps = protocol.encoding != "float32"  # a step of float32 has as many bytes as a state
-    held = journal.held() if steps else None
+    held = journal.held(protocol.encoding) if steps else None
     start = policy.checked_state(protocol, task, held)
     if start is None:
         return Refusal("state", "it does not hold the state that the step starts from")
@@ -131,6 +131,7 @@ def run_task(site: SiteConfig, task: Task, exchange: Exchange | None = None) -> 
         raise PolicyRefusal(f"round {task.round} was released from another state already, and its noise pays for once.")
     if steps and start is not held:
         journal.hold(start)
+    start, held = start._replace(step=None), None  # not in memory while it trains
     with _own_affair(protocol):
         images = open_site(site, protocol.data)
         policy.refuse_few(site, protocol, images.num_images)

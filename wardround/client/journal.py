@@ -5,7 +5,8 @@ it. Asked again for the same round from the same state, the site replays the byt
 advances only on what the server folded: the next round continues from the memory of the one that the
 server names, which is kept beside the newest, however many in between were dropped.
 
-Where states cross as steps, the last state that it trained from is kept too, for the next step to be added to.
+Where states cross as steps, the last state that it trained from is kept too, for the next step to be added to:
+in memory, and on disk as the last one that was written whole and the steps since.
 """
 
 import json
@@ -14,12 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from wardround.config.federation import Encoding
+from wardround.encoding import stepped
 from wardround.errors import PolicyRefusal, UpdateError, WardroundError
 from wardround.registry.durable import write_file, write_tensors
 from wardround.registry.tensors import TensorFile
 from wardround.update import Start, State, Update
 
 WRITTEN = 8  # times the state, of a round: update, moments and residual, and as much on the way there
+STEPS = 8  # kept beside a whole state, which is read and added to after a restart; eight of int8 are two states
+# What `hold` was given last, by its journal's folder: one, so that a process of many sites holds no more than one's.
+_held: dict[Path, Start] = {}
 
 
 class Journal:
@@ -111,17 +117,43 @@ class Journal:
         except (OSError, UpdateError, ValueError):  # a tensor that is cut is a ValueError
             return None
 
-    def held(self) -> Start | None:
-        """Return what `hold` was given last, or None where it is lost or there was none."""
+    def held(self, kind: Encoding) -> Start | None:
+        """Return what `hold` was given last, or None where it is lost or there was none.
+
+        What is read is not hashed: what the next step makes of it is.
+        """
+        if self.folder in _held:
+            return _held[self.folder]
         try:
             file = TensorFile(self.folder / "state.safetensors")
-            return Start(dict(file), str(file.header["hash"]))
+            state, reached = dict(file), str(file.header["hash"])
+            for path in self._steps():
+                step = TensorFile(path)
+                if step.header["from"] == reached:  # else a kill came before it went, after the next whole state
+                    state, reached = stepped(state, step, kind), str(step.header["to"])
+            return Start(state, reached)
         except (OSError, UpdateError, KeyError, ValueError):
             return None
 
     def hold(self, start: Start) -> None:
-        """Keep the state that a round trains from, in place of the one before."""
-        write_tensors(self.folder / "state.safetensors", start.state, {"hash": start.hash})
+        """Keep the state that a round trains from, in place of the one before.
+
+        Where it came as a step to what this process holds, the step alone is written, until there are STEPS of them.
+        """
+        before, steps = _held.pop(self.folder, None), self._steps()
+        if before is not None and start.step is not None and len(steps) < STEPS:
+            number = int(steps[-1].stem.removeprefix("step-")) + 1 if steps else 1
+            path = self.folder / f"step-{number:05d}.safetensors"
+            write_tensors(path, start.step, {"from": before.hash, "to": start.hash})
+        else:
+            write_tensors(self.folder / "state.safetensors", start.state, {"hash": start.hash})
+            for path in steps:
+                path.unlink()
+        _held.clear()
+        _held[self.folder] = start._replace(step=None)
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.safetensors"))
 
     def _round(self, round: int) -> Path:
         return self.folder / f"round-{round:05d}"

@@ -50,12 +50,13 @@ def _wait_for_hours(site: SiteConfig, pulse: Path) -> None:
 
 def _answer_while_open(site: SiteConfig, path: Path, connection: SiteConnection) -> None:
     """Answer messages until the site's hours are over; a round that is being trained then is finished and sent."""
-    last = time.monotonic()
+    last, before, first = time.monotonic(), 0.0, True
     while site.is_open(datetime.now().time()):
         message = connection.receive()
         if message is None:
-            time.sleep(polite_pause(last))
+            time.sleep(polite_pause(time.monotonic() - last, before))
             continue
+        before, first = 0.0 if first else time.monotonic() - last, False  # at first others were waited for
         print(f"round {ascii(message.metadata.group_id)[1:-1]}", flush=True)  # on one line, whatever it is
         started = time.monotonic()
         context = Context(message.metadata.run_id, connection.node, {"site-config": str(path)}, RecordDict(), {})

@@ -129,4 +129,4 @@ def _from_held(
     begun = held.hash == header.get("to")  # this round, before
     state = held.state if begun else stepped(held.state, step, protocol.encoding)
     found = state_hash(state)
-    return (held if begun else Start(state, found)) if found == header.get("to") else None
+    return (held if begun else Start(state, found, step)) if found == header.get("to") else None

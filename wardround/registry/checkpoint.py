@@ -65,7 +65,7 @@ def write(
             "round": round,
             "protocol": protocol,
             "state": sha.hexdigest(),
-            "files": {name: _hash(aside / name) for name in files},
+            "files": {name: file.hexdigest() for name, file in files.items()},
             "record": record(),
         }
         write_file(aside / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())

@@ -3,6 +3,7 @@
 They are read, not mapped: what is mapped counts as a process's memory until the kernel takes it back.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ _NAMES = {
 }  # fmt: skip
 _TYPES = {theirs: ours for ours, theirs in _NAMES.items()}
 _ORDER = list(_NAMES)
+_PIECE = 2**20  # bytes of a file at a time
 
 
 class Place(NamedTuple):
@@ -98,7 +100,7 @@ def _places(header: str) -> dict[str, Place]:
 class TensorWriter:
     """A new file, mode 0600, whose tensors come in any order; its bytes are those of `update.pack`.
 
-    Leaving the block fsyncs it. Raises OSError where the disk refuses.
+    Leaving the block fsyncs it; its SHA-256 is known then. Raises OSError where the disk refuses.
     """
 
     def __init__(self, path: Path, layout: Layout, header: Mapping[str, Any] | None = None) -> None:
@@ -113,15 +115,33 @@ class TensorWriter:
         text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._path, self._file = path, os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+        self._sha, self._hashed = hashlib.sha256(), 0  # of what came in its place's order; bytes of tensors
+        for block in (struct.pack("<Q", len(text)), text):
+            self._file.write(block)
+            self._sha.update(block)
+        self._size = first
 
     def put(self, name: str, array: Array) -> None:
         """Write a tensor to its place."""
         place = self._left.pop(name)
         assert (tuple(array.shape), array.dtype.name) == place[:2], f"{name} is not what the layout says"
+        block = np.asarray(array, order="C").data
         self._file.seek(self._start + place.first)
-        self._file.write(np.asarray(array, order="C").data)
+        self._file.write(block)
+        if place.first == self._hashed:
+            self._sha.update(block)
+            self._hashed += block.nbytes
+
+    def hexdigest(self) -> str:
+        """Return the SHA-256 of the file, which is read for what did not come in the order in which it lies there."""
+        if self._hashed < self._size:
+            with self._path.open("rb") as file:
+                file.seek(self._start + self._hashed)
+                while piece := file.read(_PIECE):
+                    self._sha.update(piece)
+            self._hashed = self._size
+        return self._sha.hexdigest()
 
     def __enter__(self) -> Self:
         """Give the file."""

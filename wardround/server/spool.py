@@ -43,6 +43,7 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._hashes: dict[str, str] = {}  # site -> SHA-256 of what this process has kept
 
     def cohort(self) -> dict[str, int] | None:
         """Return the sites that were asked, each with the round it was asked in; None where this one has not begun."""
@@ -56,6 +57,7 @@ class Spool:
     def add(self, site: str, block: bytes) -> None:
         """Keep a checked update."""
         write_file(self._update(site), block)
+        self._hashes[site] = hashlib.sha256(block).hexdigest()
 
     def arrived(self) -> list[str]:
         """Return the sites whose updates are here, by name."""
@@ -79,7 +81,7 @@ class Spool:
             path = self._update(site)
             header = TensorFile(path).header
             declared[site], rounds[site] = Declared(**header["declared"]), header["round"]
-            hashes[site] = _hash(path)
+            hashes[site] = self._hashes.get(site) or _hash(path)
             sizes[site] = received.get(site, path.stat().st_size)  # what came before a restart counts by its size here
         reasons = {site: f"{refusal.code}: {refusal.text}" for site, refusal in refused.items() if site not in hashes}
         heads = {**ledgers, **{site: value.ledger for site, value in declared.items() if value.ledger is not None}}

@@ -9,6 +9,7 @@ import json
 import re
 import secrets
 import signal
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -177,8 +178,9 @@ class Link:
 @contextlib.contextmanager
 def _superlink(run: Path, home: Path, kit: Path, port: int) -> Iterator[Link]:
     """Start SuperLink on loopback with TLS and SuperNode keys; end it on leaving."""
-    logs, secret = home.parent / "logs", home / "rounds.secret"
+    logs, secret, database = home.parent / "logs", home / "rounds.secret", home / "state.db"
     write_file(secret, secrets.token_bytes(32))
+    _large_pages(database)
     tls = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
     arguments = command(
         "flower-superlink",
@@ -189,7 +191,7 @@ def _superlink(run: Path, home: Path, kit: Path, port: int) -> Iterator[Link]:
         # The rounds are a process of ours, which says itself what ails it.
         *("--isolation", "process", "--superexec-auth-secret-file", secret),
         # On disk, so that sites stay connected, and go on training, while the coordinator is restarted.
-        *("--database", home / "state.db"),
+        *("--database", database),
     )
     connection = {"address": f"127.0.0.1:{port}", "root-certificates": str(kit / "ca.crt")}
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in connection.items()]
@@ -198,6 +200,17 @@ def _superlink(run: Path, home: Path, kit: Path, port: int) -> Iterator[Link]:
         link = Link(home, logs, secret, kit, port, process)
         _wait_until_healthy(link)
         yield link
+
+
+def _large_pages(database: Path) -> None:
+    """Begin SuperLink's database, where there is none, with SQLite's largest pages.
+
+    Its objects of 5 MiB take 80 of them in place of 1,280, each of which is copied, summed and written by itself.
+    """
+    if not database.exists():
+        with contextlib.closing(sqlite3.connect(database)) as db:
+            db.execute("PRAGMA page_size = 65536")
+            db.execute("PRAGMA journal_mode = WAL")  # writes the file; SuperLink's own mode, and it keeps the size
 
 
 def _wait_until_healthy(link: Link) -> None:
