@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, TINY, merged, to_toml, write_labelled
@@ -43,6 +44,12 @@ POINTS = [  # where, which function, before or after it, at which call
     ("site", "wardround.client.journal:Journal.finish", "before", 2),
     ("site", "wardround.client.journal:Journal.finish", "after", 3),
     ("site", "wardround.client.journal:Journal.replay", "after", 2),
+]
+STEPS = [  # where states cross as steps: one site, whose process has the state in memory
+    ("site", "wardround.client.journal:Journal.hold", "before", 2),
+    ("site", "wardround.client.journal:Journal.hold", "after", 2),
+    ("site", "wardround.client.journal:Journal.finish", "before", 2),
+    ("server", "wardround.server.rounds:next_state", "after", 2),
 ]
 # The first child of a point is killed, the second goes on; one process imports torch for all of them.
 WALK = """
@@ -100,20 +107,17 @@ for number, point in enumerate(json.loads(points)):
 """
 
 
-@pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def walk(folder: Path, sites: dict[str, int], changes: dict[str, Any], points: list[tuple[str, str, str, int]]) -> Path:
     """Return the folder of all runs: `whole`, which nobody killed, and one a point."""
-    folder = tmp_path_factory.mktemp("walk")
-    changes = {"training": {"optimiser_state": "kept"}, "evaluation_set": {"kind": "procedural", "count": 8}}
     (folder / "tiny.toml").write_text(to_toml(merged(TINY, changes)))
-    data, store = write_labelled(folder / "data", {"lyon": 20, "oslo": 30}), f"sqlite:///{folder / 'mlflow.db'}"
+    data, store = write_labelled(folder / "data", sites), f"sqlite:///{folder / 'mlflow.db'}"
     (folder / "runs").mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # By a process of its own: a database that is open must not be forked.
     whole = ["simulate", folder / "tiny.toml", "--data", data, "--out", folder / "runs/whole", "--tracking", store]
     command = [str(program() / "wardround"), *map(str, whole), "--threads", "1"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    arguments = [folder / "tiny.toml", data, folder / "runs", store, json.dumps(POINTS)]
+    arguments = [folder / "tiny.toml", data, folder / "runs", store, json.dumps(points)]
     done = subprocess.run(
         [program() / "python", "-c", WALK, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True
     )
@@ -121,11 +125,35 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs"
 
 
-@pytest.mark.parametrize("number", range(len(POINTS)), ids=[" ".join(map(str, point[1:])) for point in POINTS])
-def test_killed_there_it_is_started_again_and_ends_with_the_same_bits(walked: Path, number: int) -> None:
-    killed, finished = json.loads((walked / "found.json").read_text())[str(number)]
+def assert_the_same_bits(runs: Path, number: int) -> None:
+    """Check that a run was killed, and ended as the one that nobody killed."""
+    killed, finished = json.loads((runs / "found.json").read_text())[str(number)]
     assert killed == -signal.SIGKILL, "the point was never reached"
     assert finished == 0
-    rounds, state = json.loads((walked / str(number) / "result.json").read_text())
+    rounds, state = json.loads((runs / str(number) / "result.json").read_text())
     assert rounds == [0, 1, 2]
-    assert state == state_hash(open_run(walked / "whole").checkpoint(2).state)
+    assert state == state_hash(open_run(runs / "whole").checkpoint(2).state)
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    changes = {"training": {"optimiser_state": "kept"}, "evaluation_set": {"kind": "procedural", "count": 8}}
+    return walk(tmp_path_factory.mktemp("walk"), {"lyon": 20, "oslo": 30}, changes, POINTS)
+
+
+@pytest.fixture(scope="module")
+def walked_by_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return walk(tmp_path_factory.mktemp("steps"), {"lyon": 20}, {"encoding": "int8"}, STEPS)
+
+
+@pytest.mark.parametrize("number", range(len(POINTS)), ids=[" ".join(map(str, point[1:])) for point in POINTS])
+def test_killed_there_it_is_started_again_and_ends_with_the_same_bits(walked: Path, number: int) -> None:
+    assert_the_same_bits(walked, number)
+
+
+@pytest.mark.parametrize("number", range(len(STEPS)), ids=[" ".join(map(str, point[1:])) for point in STEPS])
+def test_killed_while_a_site_holds_a_state_as_steps_it_ends_with_the_same_bits(
+    walked_by_steps: Path, number: int
+) -> None:
+    assert_the_same_bits(walked_by_steps, number)
+    assert list((walked_by_steps / "whole").rglob("journal/*/step-*.safetensors")), "no step was kept"
