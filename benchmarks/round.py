@@ -11,7 +11,8 @@ federation that is deployed on loopback, start-up and the first round left out, 
     Flower FedAvg           flower-superlink, three flower-supernode, FedAvg(fraction_evaluate=0); neither TLS nor
                             keys; nothing is trained, a site sends back what came
 
-Training is taken off ours: wall, the slowest site of a round; CPU, all of them. The bytes are those of
+Training is taken off ours: wall, the slowest site of a round; CPU, what all of them take one after the other in
+one process, where a thread has a core to itself. The bytes are those of
 the arrays, down and up. The floors copy a round's bytes in memory and send them by raw TCP on loopback.
 """
 
@@ -58,6 +59,7 @@ class Cost:
     server: float  # bytes of memory on the coordinator's side, in these rounds
     memory: float  # bytes of memory of all, in these rounds
     start: float  # bytes of memory on the coordinator's side before them; ours plans in a process that loads torch
+    trained: float = 0.0  # CPU seconds of training, taken off
 
 
 def main() -> None:
@@ -79,12 +81,13 @@ def measure(name: str) -> dict[str, Cost]:
     config = federation(name, "float32")
     state = resolve(config).state
     size = 2 * len(SITES) * sum(array.nbytes for array in state.values())
+    alone = in_process(config)
     return {
         "memory copy": copy_floor(size),
         "raw TCP": tcp_floor(size),
-        "in one process": in_process(config),
-        "deployed, float32": deployed(config),
-        "deployed, int8": deployed(federation(name, "int8")),
+        "in one process": alone,
+        "deployed, float32": deployed(config, alone.trained),
+        "deployed, int8": deployed(federation(name, "int8"), alone.trained),
         FEDAVG: fedavg(state, size),
     }
 
@@ -133,8 +136,8 @@ def in_process(config: FederationConfig) -> Cost:
         return cost_of(home, {"server": [*WARDROUND, *run]})
 
 
-def deployed(config: FederationConfig) -> Cost:
-    """Return the cost of a round of `wardround coordinate` and three `wardround site run`."""
+def deployed(config: FederationConfig, trained: float) -> Cost:
+    """Return the cost of a round of `wardround coordinate` and three `wardround site run`, less CPU seconds trained."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         path, data, port = write_config(home, config), write_images(home / "data"), str(free_port())
@@ -149,11 +152,14 @@ def deployed(config: FederationConfig) -> Cost:
             least = "\n[minimum]\nimages = 1\nlocal_steps = 1\nbatch_size = 2\n"
             own.write_text(text.replace("[images]\n", images, 1).replace("threads = 0", "threads = 1") + least)
             programs[site] = [*WARDROUND, "site", "run", str(own)]
-        return cost_of(home, programs)
+        return cost_of(home, programs, trained)
 
 
-def cost_of(home: Path, programs: dict[str, list[str]]) -> Cost:
-    """Run a federation of ours to its last commit; return a round's cost without the sites' training."""
+def cost_of(home: Path, programs: dict[str, list[str]], trained: float | None = None) -> Cost:
+    """Run a federation of ours to its last commit; return a round's cost without the sites' training.
+
+    `trained`: CPU seconds of it; of sites that train one after the other in one process they are the wall's.
+    """
     run = home / "run"
     committed = [run / "rounds" / f"{number:05}" / "checkpoint" / "manifest.json" for number in range(1, ROUNDS + 1)]
     environment = dict(environment_of(home), MLFLOW_TRACKING_URI=f"sqlite:///{home / 'mlflow.db'}")
@@ -161,28 +167,24 @@ def cost_of(home: Path, programs: dict[str, list[str]]) -> Cost:
     times = [committed[place].stat().st_mtime for place in (0, -1)]
     records = [open_run(run).record(number) for number in range(2, ROUNDS + 1)]
     seconds = [[site["seconds"] for site in record["sites"].values()] for record in records]
-    one_by_one = len(programs) == 1
-    return a_round(
-        found,
-        times,
-        sum(record["bytes_sent"] + record["bytes_received"] for record in records),
-        sum(sum(each) if one_by_one else max(each) for each in seconds),
-        sum(map(sum, seconds)),
-    )
+    waited = sum(map(sum if trained is None else max, seconds)) / (ROUNDS - 1)
+    crossed = sum(record["bytes_sent"] + record["bytes_received"] for record in records)
+    return a_round(found, times, crossed, waited, waited if trained is None else trained)
 
 
-def a_round(found: Watched, times: list[float], crossed: float, trained: float, cpu_trained: float) -> Cost:
-    """Return the cost of one of the rounds between two moments, training of all of them taken off."""
+def a_round(found: Watched, times: list[float], crossed: float, waited: float = 0.0, trained: float = 0.0) -> Cost:
+    """Return the cost of one of the rounds between two moments, a round's training taken off."""
     rounds = ROUNDS - 1
     cpu = found.cpu_at(times[1]) - found.cpu_at(times[0])
     wall = times[1] - times[0]
     return Cost(
-        wall=(wall - trained) / rounds,
-        cpu=(cpu - cpu_trained) / rounds,
+        wall=wall / rounds - waited,
+        cpu=cpu / rounds - trained,
         bytes=crossed / rounds,
         server=found.peak(*times, "server"),
         memory=found.peak(*times),
         start=found.peak(0.0, times[0], "server"),
+        trained=trained,
     )
 
 
@@ -204,7 +206,7 @@ def fedavg(state: dict[str, np.ndarray], size: float) -> Cost:
         starter = threading.Timer(15.0, submit, (home, command("flwr", "run", app, "bench", "--run-config", values)))
         starter.start()
         found = watch(programs, home, environment_of(home), lambda: len(read_times(times)) == ROUNDS + 1)
-        return a_round(found, [read_times(times)[1], read_times(times)[ROUNDS]], (ROUNDS - 1) * size, 0.0, 0.0)
+        return a_round(found, [read_times(times)[1], read_times(times)[ROUNDS]], (ROUNDS - 1) * size)
 
 
 def submit(home: Path, program: list[str]) -> None:
