@@ -392,11 +392,12 @@ def polite_pause(idle: float, before: float = 0.0) -> float:
     """Return how long to wait before asking again, in seconds, after so many without a message.
 
     `before` is how long the last message let wait: this one, of a round like it, is looked for in earnest from
-    four fifths of that on, and until then once a second, so that a round costs a few requests.
+    four fifths of that on, and until then after a twentieth of it, at most a second, so that a long round costs few
+    requests and a short one is not late.
 
     >>> polite_pause(5.0), polite_pause(4000.0)
     (0.2, 3.0)
-    >>> polite_pause(5.0, before=10.0), round(polite_pause(7.5, before=10.0), 1), polite_pause(9.0, before=10.0)
+    >>> polite_pause(5.0, before=20.0), round(polite_pause(15.5, before=20.0), 1), polite_pause(1.0, before=3.0)
     (1.0, 0.5, 0.2)
     """
-    return max(_SOON, min(1.0, 0.8 * before - idle), min(_SELDOM, idle / 100))
+    return max(_SOON, min(1.0, before / 20, 0.8 * before - idle), min(_SELDOM, idle / 100))
