@@ -42,6 +42,7 @@ NAMES = ("lyon", "oslo", "wien", "pisa", "gent")
 WARDROUND = [sys.executable, "-m", "wardround.cli"]
 CONFIG = """format = 1
 name = "chaos"
+encoding = "int8"
 seed = 3
 [backbone]
 patch_size = 8
