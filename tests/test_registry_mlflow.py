@@ -264,6 +264,24 @@ def test_a_file_that_is_no_database_is_said_to_be_none_at_once(tmp_path: Path) -
     assert time.monotonic() - started < 2
 
 
+def test_a_file_that_a_kill_left_in_mid_write_is_opened_again(tmp_path: Path) -> None:
+    """SQLite takes back what was half written when it is opened next, for which it must be let write."""
+    store = Store(str(tmp_path / "mlflow.db"))
+    run = store.open_run("lungs", PROTOCOL, {}, {})
+    program = (
+        "import os, signal, sqlite3, sys\n"
+        "db = sqlite3.connect(sys.argv[1])\n"
+        "db.execute('PRAGMA cache_size = 1')\n"  # pages reach the file before the commit
+        "db.execute('UPDATE runs SET name = ?', ('half' * 9999,))\n"
+        "db.execute('CREATE TABLE half AS SELECT hex(randomblob(99999)) AS half')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(store.database)], check=False).returncode == -9
+    assert (tmp_path / "mlflow.db-journal").stat().st_size > 0
+    assert store.open_run("lungs", PROTOCOL, {}, {}) == run
+    assert client_of(store).get_run(run).info.run_name != "half" * 9999
+
+
 def test_a_server_that_is_down_is_reported_in_seconds_and_without_its_password() -> None:
     with socket.socket() as held:  # bound and not listening: connections are refused
         held.bind(("127.0.0.1", 0))

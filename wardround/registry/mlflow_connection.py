@@ -79,7 +79,8 @@ def _check_database(path: Path, create: bool) -> None:
     """Raise TrackingError for a file that cannot be opened: MLflow would try it again for minutes."""
     try:
         if path.exists():
-            with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+            # Not mode=ro: what a kill left half written is taken back by whoever opens it next, and that writes.
+            with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)) as connection:
                 connection.execute("PRAGMA schema_version")
         elif create:
             _make_database(path)
