@@ -3,7 +3,8 @@
     python benchmarks/chaos.py [--rounds 20] [--seed 1] [--sites 3] [--short] [--out FILE.json]
 
 Each site and the coordinator have a network namespace of their own, joined by a bridge. A site's firewall lets in
-only answers to what it asked, its line carries 20 Mbit/s each way, and its folder is a small disk. Over the
+only answers to what it asked, its line carries 20 Mbit/s each way, and its folder is a small disk. States cross as
+int8 steps, so that a site has the most to lose. Over the
 command's own processes (TLS, keys) goes a seeded random walk: a fault in each round, every kind before one comes again.
 What ends is started again, as systemd would. At the end every round must be committed once, with every site's
 update, and every state have the bits of the same federation in one process; else it exits with 1.

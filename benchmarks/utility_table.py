@@ -156,7 +156,7 @@ def joining(by_arm: dict[str, dict[int, Scored]], sites: list[str], how: str) ->
         return []
     means = [statistics.mean(linear(by_arm[site][seed]) for site in sites) for seed in seeds]
     gains = [linear(by_arm["federated"][seed]) - mean for seed, mean in zip(seeds, means, strict=True)]
-    return [Question(f"gain of joining: federated less the mean of the sites {how}", gains, 0.03)]
+    return [Question(f"gain of joining: federated less the mean of {len(sites)} sites {how}", gains, 0.03)]
 
 
 def retained(by_arm: dict[str, dict[int, Scored]]) -> list[Question]:

@@ -65,7 +65,7 @@ def test_what_is_asked_of_a_federation_is_paired_by_seed() -> None:
     found = {one.text: one for one in questions(cells(), "skew")}
     kept = found["gain retained: (federated - random) / (central - random)"]
     assert kept.values == pytest.approx([0.5, 1.0]) and "**missed** by 0.050" in kept.answer
-    joined = found["gain of joining: federated less the mean of the sites alone"]
+    joined = found["gain of joining: federated less the mean of 2 sites alone"]
     assert joined.values == pytest.approx([0.1, 0.0]) and "(goal +.030: met)" in joined.answer
     largest = found["federated less the largest site alone (site1)"]
     assert largest.values == pytest.approx([0.05, -0.05])

@@ -206,9 +206,10 @@ def _large_pages(database: Path) -> None:
     """Begin SuperLink's database, where there is none, with SQLite's largest pages.
 
     Its objects of 5 MiB take 80 of them in place of 1,280, each of which is copied, summed and written by itself.
+    Where the disk refuses, SuperLink says so next.
     """
     if not database.exists():
-        with contextlib.closing(sqlite3.connect(database)) as db:
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database)) as db:
             db.execute("PRAGMA page_size = 65536")
             db.execute("PRAGMA journal_mode = WAL")  # writes the file; SuperLink's own mode, and it keeps the size
 
