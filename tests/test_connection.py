@@ -1,4 +1,4 @@
-"""What connection.py leans on inside Flower: where a new release moves it, this says so before a hospital does."""
+"""What connection/ leans on inside Flower: where a new release moves it, this says so before a hospital does."""
 
 import contextlib
 import inspect
@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from conftest import known_at, serving_in_a_thread, tiny
+from conftest import ROOT, known_at, serving_in_a_thread, tiny
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -48,7 +48,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from wardround import connection
+from wardround.connection import site as connection
+from wardround.connection.clock import CoordinatorsClock
 from wardround.processes import free_port
 from wardround.provision import provision
 
@@ -56,7 +57,7 @@ BEAT = connection._BEAT
 
 
 def test_flower_is_the_release_that_this_was_written_for() -> None:
-    assert version("flwr").startswith("1.41."), "read connection.py against the new release, then move the pin"
+    assert version("flwr").startswith("1.41."), "read connection/ against the new release, then move the pin"
 
 
 def test_a_client_of_the_fleet_takes_what_it_is_given() -> None:
@@ -67,7 +68,7 @@ def test_a_client_of_the_fleet_takes_what_it_is_given() -> None:
 def test_stock_supernodes_sign_what_we_sign() -> None:
     key = ec.generate_private_key(ec.SECP384R1())
     signed = []
-    for signature in (NodeAuthHttpInterceptor(key, key.public_key()), connection.CoordinatorsClock(key)):
+    for signature in (NodeAuthHttpInterceptor(key, key.public_key()), CoordinatorsClock(key)):
         request = httpx.Request("POST", "https://coordinator/v1/fleet/pull-messages")
         signature.intercept(ProtobufRequestContext("", Node(), request), lambda _: httpx.Response(200))
         stamp, proof = request.headers[TIMESTAMP_HEADER], b64decode(request.headers[FLEET_HTTP_SIGNATURE_HEADER])
@@ -108,8 +109,8 @@ def test_the_grid_has_the_client_and_the_retries_that_are_taken_from_it() -> Non
 
 
 def test_no_code_of_the_coordinators_is_asked_for() -> None:
-    source = inspect.getsource(connection)
-    assert "get_fab" not in source and "install_from_fab" not in source
+    source = "".join(path.read_text() for path in (ROOT / "wardround" / "connection").glob("*.py"))
+    assert "PullMessages" in source and "get_fab" not in source and "install_from_fab" not in source
 
 
 class Scripted:

@@ -26,9 +26,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from test_connection import DEFAULTS, Scripted, reply, said, serving
 
-from wardround import connection
 from wardround.client import node
-from wardround.meter import LARGEST_ANSWER
+from wardround.connection import site as connection
+from wardround.connection.meter import LARGEST_ANSWER
 from wardround.provision import provision
 
 MEGABYTE = 10**6

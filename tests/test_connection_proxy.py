@@ -21,10 +21,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from test_connection import Scripted, serving
 
-from wardround import connection
 from wardround.client.kit import check_kit, why_untrusted
 from wardround.config import read_site
 from wardround.config.site import CoordinatorConfig
+from wardround.connection import site as connection
 from wardround.errors import ConfigError
 from wardround.processes import environment
 from wardround.provision import provision

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 DOORS = {
-    "flwr": {"wire.py", "simulate.py", "server/app.py", "client/app.py", "client/node.py", "connection.py"},
+    "flwr": {"wire.py", "simulate.py", "server/app.py", "client/app.py", "client/node.py", "connection/"},
     "mlflow": {"registry/mlflow_connection.py", "registry/mlflow_store.py"},
     "lightly": {"ssl/"},
     "opacus": {"privacy/"},

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from wardround import __version__
-from wardround.cli import backbone, federation
+from wardround.cli import downstream, federation, registry
 from wardround.cli.provisioning import provision_cli
 from wardround.cli.site import site_cli
 from wardround.errors import WardroundError
@@ -28,15 +28,15 @@ for command in (
     federation.status,
     federation.report,
     federation.constants,
-    backbone.models,
-    backbone.pull,
-    backbone.register,
-    backbone.promote,
-    backbone.rollback,
-    backbone.evaluate,
-    backbone.segment,
-    backbone.export,
-    backbone.compress,
+    registry.models,
+    registry.pull,
+    registry.register,
+    registry.promote,
+    registry.rollback,
+    downstream.evaluate,
+    downstream.segment,
+    downstream.export,
+    downstream.compress,
 ):
     cli.command()(command)
 cli.add_typer(provision_cli, name="provision")

@@ -15,6 +15,13 @@ Tracking = Annotated[
     str | None,
     typer.Option(help="MLflow's address; default: $MLFLOW_TRACKING_URI, else an SQLite file in runs/."),
 ]
+Trust = Annotated[
+    str | None,
+    typer.Option(
+        help="Who may have signed it: the fingerprint that the coordinator read out (SHA256:...); several with commas.",
+        envvar="WARDROUND_TRUST",
+    ),
+]
 Kits = Annotated[Path, typer.Option(help="Where the kits are: the coordinator's folder and one a site.")]
 Site = Annotated[str, typer.Argument(help="The site's name.")]
 SiteFile = Annotated[Path, typer.Argument(help="The site's own site.toml.")]

@@ -13,7 +13,7 @@ from flwr.app import Context, RecordDict
 from wardround import logs
 from wardround.client.app import app, keys
 from wardround.config.site import SiteConfig, read_site
-from wardround.connection import SiteConnection, connected, polite_pause
+from wardround.connection.site import SiteConnection, connected, polite_pause
 from wardround.processes import stopped_by_sigterm
 from wardround.registry.durable import write_file
 from wardround.wire import is_last_round

@@ -12,7 +12,7 @@ from cryptography.x509 import Certificate, load_der_x509_certificate, load_pem_x
 
 from wardround.client.kit import why_untrusted
 from wardround.config.site import CoordinatorConfig
-from wardround.way import way
+from wardround.connection.way import way
 
 _PATIENCE = 10.0  # seconds
 _SOON = timedelta(days=30)

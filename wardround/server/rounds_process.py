@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from wardround import logs
-from wardround.connection import coordinating
+from wardround.connection.coordinator import coordinating
 from wardround.errors import WardroundError
 from wardround.registry.signing import kit_key
 from wardround.server.app import Fleet, run_federation

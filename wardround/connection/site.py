@@ -1,20 +1,10 @@
-"""Flower's own connections, held by our own processes: the one file that leans on Flower's internals.
-
-Flower starts a new Python, which imports torch, for every message of a site, and runs whatever code
-the coordinator's bundle holds. Here a site keeps one process, and asks for no bundle: no code from the
-coordinator is ever fetched. The coordinator's rounds run in a process of ours, too, no child of SuperLink's.
-The protocol on the wire, its keys and its TLS are Flower's, so that a stock `flower-supernode` still joins.
-`tests/test_connection.py` names what is leant on; flwr is pinned.
-"""
+"""A site's side: messages received, answers sent, for ever tried again where the network is down."""
 
 import logging
 import random
 import time
-from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -23,15 +13,12 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, TIMESTAMP_HEADER, SubStatus
-from flwr.common.serde import message_to_proto, run_from_proto
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
-from flwr.serverapp import Grid
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TaskType
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -50,19 +37,16 @@ from flwr.supercore.inflatable.inflatable_utils import (
     pull_objects,
     push_objects,
 )
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
-from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import RunNotRunningException
-from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from wardround.config.site import CoordinatorConfig
-from wardround.meter import Meter
-from wardround.way import way
+from wardround.connection.clock import CoordinatorsClock
+from wardround.connection.meter import Meter
+from wardround.connection.way import way
 
 log = logging.getLogger(__name__)
 Asked = TypeVar("Asked")
@@ -80,13 +64,12 @@ _PROXY_REMEDIES = {
     "407": "; [coordinator] proxy_credentials names the file with its USER:PASSWORD",
 }
 _MOST_OBJECTS = 800  # of a message, 5 MiB each: a state of four gigabytes
-_SAME_CLOCK = 2.0  # seconds; SuperLink takes 5 ahead, and a Date header has whole seconds
 
 
 class SiteConnection:
     """A site's side of one connection to the coordinator; `connected` makes it."""
 
-    def __init__(self, client: FleetHttpClient, clock: "CoordinatorsClock", pulse: Path | None) -> None:
+    def __init__(self, client: FleetHttpClient, clock: CoordinatorsClock, pulse: Path | None) -> None:
         self.node = 0  # Flower's number of this site
         self._client, self._clock, self._pulse = client, clock, pulse
         self._doubt, self._lost_at = _DOUBT, float("inf")
@@ -255,51 +238,6 @@ def _passing(error: httpx.HTTPError) -> str:
     return str(error) or type(error).__name__
 
 
-class CoordinatorsClock:
-    """Signs a site's calls, with the coordinator's time where this machine's clock is wrong.
-
-    SuperLink refuses a signature that is older than five minutes or from the future. Whose time is right
-    says the Date of its refusal: TLS has shown who speaks. A coordinator that lies gets signatures of other
-    moments from it, which only its own SuperLink would take; updates are signed by themselves, without a time.
-    """
-
-    def __init__(self, key: EllipticCurvePrivateKey) -> None:
-        self.ahead = 0.0  # seconds by which this machine's clock is ahead
-        self._key, self._public = key, b64encode(public_key_to_bytes(key.public_key())).decode()
-
-    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        """Send a call with its signature, and once more where the clock was why it is refused."""
-        self._sign(context.request)
-        answer = call_next(context)
-        if answer.status_code == httpx.codes.UNAUTHORIZED and self._set(answer.headers.get_list("date")):
-            self._sign(context.request)
-            answer = call_next(context)
-        return answer
-
-    def date(self, reply: Message) -> None:
-        """Make a reply one of the coordinator's time; Flower drops what looks older than twelve hours."""
-        fields = reply.metadata.__dict__
-        fields["_created_at"] -= self.ahead
-        fields["_ttl"] += self.ahead
-
-    def _sign(self, request: httpx.Request) -> None:
-        stamp = datetime.fromtimestamp(time.time() - self.ahead, UTC).isoformat()
-        request.headers[TIMESTAMP_HEADER] = stamp
-        request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = self._public
-        request.headers[FLEET_HTTP_SIGNATURE_HEADER] = b64encode(sign_message(self._key, stamp.encode())).decode()
-
-    def _set(self, dates: list[str]) -> bool:
-        """Take the time of a Date header (RFC 9110, 6.6.1), the gate's or SuperLink's; return whether it is news."""
-        if not dates:
-            return False
-        ahead = time.time() - parsedate_to_datetime(dates[0]).timestamp()
-        if abs(ahead - self.ahead) < _SAME_CLOCK:
-            return False
-        self.ahead = ahead
-        log.warning("this machine's clock is %+.0f s off the coordinator's, whose time is used", ahead)
-        return True
-
-
 @contextmanager
 def connected(
     found: CoordinatorConfig,
@@ -336,56 +274,6 @@ def connected(
             heart.stop()
             with suppress(httpx.HTTPError):
                 client.DeactivateNode(DeactivateNodeRequest(node_id=connection.node))
-
-
-@contextmanager
-def coordinating(address: str, ca: bytes, secret: bytes, run: int) -> Iterator[Grid]:
-    """Give the Grid of a submitted run of a SuperLink with `--isolation process`; leaving the block ends the run.
-
-    address: host:port. secret: what SuperLink was started with. While SuperLink is down, calls wait and try again.
-    """
-    token = _claimed(address, ca, secret, run)
-    grid = HttpGrid(address, False, ca, token=token)
-    client = grid._runtime_client
-    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
-    heartbeat.start()
-    output = PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="the rounds stopped")
-    try:
-        task = client.PullTaskInput(PullTaskInputRequest())
-        TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
-        TaskIdentity.node_id = task.context.node_id
-        grid.set_run(run_from_proto(task.run))
-        yield grid
-        output = PushTaskOutputRequest(context=task.context, sub_status=SubStatus.COMPLETED)
-    finally:
-        grid._retry_invoker.max_tries = 1  # on leaving, a SuperLink that is down is not waited for
-        with suppress(httpx.HTTPError):
-            client.PushTaskOutput(output)
-        heartbeat.stop()
-        grid.close()
-
-
-def _claimed(address: str, ca: bytes, secret: bytes, run: int) -> str:
-    """Return the token of a run's task; those of runs that a dead process left are claimed on the way, and dropped."""
-    method = "/flwr.proto.Runtime/AcquireTask"
-    client = RuntimeHttpClient.from_server_address(
-        server_address=address,
-        insecure=False,
-        root_certificates=ca,
-        interceptors=[
-            RuntimeVersionHttpInterceptor(component_name="SuperExec"),
-            SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={method}),
-        ],
-        retry_invoker=make_simple_http_retry_invoker(),
-    )
-    try:
-        while True:
-            found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
-            if found.token and found.task.run_id == run:
-                return str(found.token)
-            time.sleep(0.1)
-    finally:
-        client.close()
 
 
 def polite_pause(idle: float, before: float = 0.0) -> float:
