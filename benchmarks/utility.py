@@ -8,7 +8,7 @@ takes in the federation: in the same time. Frozen features are probed (k-NN, lin
 100 % of the training labels. The random start, the central and the federated network are also trained on with labels,
 at the fractions of --tune: all weights, the first of them from scratch.
 
-Arms:  random, raw pixels, central, federated (FedAvg), FedProx, FedAdam, FedEMA (of BYOL), int8, one site missing,
+Arms:  random, raw pixels, central, federated (FedAvg), FedProx, FedAdam, FedEMA (of MoCo), int8, one site missing,
        patient-level DP, SITE alone, SITE in the same time; the largest site first.
 Cells: method x partition x arm x seed. Each is kept in a folder that its config's digest names: a run that was cut
        goes on, and a changed setting trains only what it changes. --jobs trains several at a time.
@@ -72,7 +72,7 @@ FEDERATED: dict[str, dict[str, Any]] = {
     MISSING: {"membership": {"min_sites": 1}},
     "patient-level DP": {"privacy": {"unit": "patient", "epsilon": 8.0, "delta": DELTA, "images_per_patient": 8}},
 }
-ONLY = {"FedEMA": ("byol",), "patient-level DP": ("mae",)}  # which methods they admit, of the suites'
+ONLY = {"FedEMA": ("moco",), "patient-level DP": ("mae",)}  # which methods they admit, of the suites'
 QUICK = ("federated", "int8", MISSING)
 TUNED = ("random", "central", "federated")  # which arms are trained on with labels
 TUNING = Tuning(ways=("full",), epochs=10)
@@ -115,9 +115,10 @@ def main() -> None:
     options.add_argument("--data", type=Path, required=True, help="the folder that holds the suites' folders")
     options.add_argument("--quick", action="store_true")
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--methods", nargs="*", default=["simclr", "mae"], choices=["simclr", "mae"])
+    options.add_argument("--methods", nargs="*", default=["simclr", "mae"], choices=["simclr", "mae", "moco"])
     options.add_argument("--partitions", nargs="*", default=["sites", "skew", "iid"])
     options.add_argument("--arms", nargs="*", help="some of the arms")
+    options.add_argument("--rounds", type=int, help="a longer or shorter schedule than the config's")
     options.add_argument("--tune", nargs="*", type=float, default=[0.01, 0.1, 1.0], help="fractions to fine-tune at")
     options.add_argument("--out", type=Path, default=Path("runs/utility"))
     options.add_argument("--device", default="cpu")
@@ -132,7 +133,8 @@ def main() -> None:
     scored = [Scored(one.method, one.partition, one.arm, one.seed, scores[folder_of(one, given)]) for one in cells]
     for table in tables(scored):
         console.print(table)
-    name = given.out / f"{given.suite}{'-quick' if given.quick else ''}"
+    schedule = f"-{given.rounds}-rounds" if given.rounds else ""
+    name = given.out / f"{given.suite}{'-quick' if given.quick else ''}{schedule}"
     said = {"day": str(date.today()), "machine": machine(), "command": " ".join(sys.argv)}
     name.with_suffix(".json").write_text(
         json.dumps({**said, "cells": [one.plain() for one in scored]}, indent=1) + "\n"
@@ -151,6 +153,8 @@ def plan(given: argparse.Namespace) -> Iterator[Cell]:
             base = tomllib.loads(Path(f"federation_configs/{given.suite}_{method}.toml").read_text()) | {"seed": seed}
             if given.quick:
                 base["training"] |= QUICK_TRAINING
+            if given.rounds:
+                base["training"]["rounds"] = given.rounds
             for how in given.partitions:
                 dealt = partition(folder, how, seed, suite.label, given.out / "data")
                 one = partition(folder, "one", 1, suite.label, given.out / "data")

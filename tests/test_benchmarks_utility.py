@@ -134,6 +134,7 @@ def test_cells_are_trained_once_and_an_absent_site_is_in_the_record(
         methods=["simclr"],
         partitions=["sites"],
         arms=None,
+        rounds=None,
         tune=[1.0],
         only_kept=False,
         device="cpu",
@@ -142,6 +143,8 @@ def test_cells_are_trained_once_and_an_absent_site_is_in_the_record(
     monkeypatch.setattr(utility, "TUNING", utility.Tuning(ways=("full",), epochs=1, least_steps=1))
     assert [cell.arm for cell in utility.plan(given)][-2:] == ["lyon alone", "lyon in the same time"]
     given.arms = ["random", utility.MISSING]
+    longer = utility.plan(argparse.Namespace(**(vars(given) | {"rounds": 7})))
+    assert {cell.config.training.rounds for cell in longer} == {7}
     found = []
     for cell in utility.plan(given):
         folder = utility.folder_of(cell, given)
