@@ -30,7 +30,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from wardround import ssl as methods
-from wardround.backbones import FAMILIES, fast_linear
+from wardround.backbones import FAMILIES, fast_layers
 from wardround.backbones.families import VOLUME_FAMILIES
 from wardround.config import FederationConfig, parse
 from wardround.config.federation import Recipe
@@ -199,7 +199,7 @@ def train(built: Method, config: Recipe, steps: int) -> tuple[float, float]:
     touched: set[str] = set()
     for step in range(steps):
         optimiser.zero_grad()
-        with fast_linear():
+        with fast_layers(images.device):
             loss = built(*inputs).mean()
         loss.backward()
         losses.append(loss.item())

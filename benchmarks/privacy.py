@@ -42,7 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 from views import cell, machine
 
 from wardround import ssl as methods
-from wardround.backbones import fast_linear
+from wardround.backbones import fast_layers
 from wardround.config import FederationConfig
 from wardround.privacy.bookkeeping import clipped_sum, weights
 from wardround.privacy.grouping import Grouping
@@ -151,7 +151,7 @@ def book_keeping(built: Method, config: FederationConfig, inputs: tuple[Tensor, 
     inner = rows_of_calls(built, config.data.shape)
 
     def step() -> Sums:
-        with fast_linear():
+        with fast_layers(inputs[0].device):
             return clipped_sum(built, inputs, group, CLIP, inner).sums
 
     return step
@@ -166,7 +166,7 @@ def opacus(built: Method, config: FederationConfig, inputs: tuple[Tensor, ...], 
     parameters, batch = trained(built), len(inputs[0])
 
     def step() -> Sums:
-        with fast_linear():
+        with fast_layers(inputs[0].device):
             losses = wrapped(*inputs)
         losses.sum().backward()
         each = {}
@@ -189,7 +189,7 @@ def ghost(built: Method, config: FederationConfig, inputs: tuple[Tensor, ...], d
     parameters = trained(built)
 
     def step() -> Sums:
-        with fast_linear():
+        with fast_layers(inputs[0].device):
             losses = wrapped(*inputs)
         losses.sum().backward(retain_graph=True)
         share = weights(wrapped.get_norm_sample().square(), CLIP)

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from wardround.backbones import onednn
+from wardround.backbones import fast_layers, onednn
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def mkl_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever processor runs the tests."""
+    monkeypatch.setattr(onednn, "_mkl_is_slow", lambda: True)
 
 
 @pytest.fixture
@@ -19,7 +27,7 @@ def test_value_and_gradients_are_those_of_a_float64_loop(shape: tuple[int, ...],
     if not bias:
         layer.bias = None
     x = torch.randn(shape, requires_grad=True)
-    with onednn._ByOneDNN():
+    with fast_layers(CPU):
         out = layer(x)
     slope = torch.randn(out.shape)
     (out * slope).sum().backward()
@@ -35,7 +43,7 @@ def test_value_and_gradients_are_those_of_a_float64_loop(shape: tuple[int, ...],
 
 
 def test_other_precisions_and_empty_batches_go_the_usual_way(layer: nn.Linear) -> None:
-    with onednn._ByOneDNN():
+    with fast_layers(CPU):
         assert layer(torch.zeros(0, 24)).shape == (0, 40)
         assert layer.double()(torch.zeros(2, 24).double()).dtype == torch.float64
         with torch.autocast("cpu", torch.bfloat16):
@@ -45,7 +53,7 @@ def test_other_precisions_and_empty_batches_go_the_usual_way(layer: nn.Linear) -
 def test_a_frozen_layer_and_a_first_layer_get_no_gradient_that_nobody_asked_for(layer: nn.Linear) -> None:
     layer.requires_grad_(False)
     x = torch.randn(3, 24, requires_grad=True)
-    with onednn._ByOneDNN():
+    with fast_layers(CPU):
         layer(x).sum().backward()
     assert layer.weight.grad is None
     assert torch.allclose(x.grad, layer.weight.sum(0).expand(3, -1), atol=1e-5)
@@ -54,7 +62,7 @@ def test_a_frozen_layer_and_a_first_layer_get_no_gradient_that_nobody_asked_for(
 def test_layers_are_untouched_and_the_context_ends(layer: nn.Linear) -> None:
     x = torch.randn(3, 24)
     before = layer(x)
-    with onednn.fast_linear():
+    with fast_layers(CPU):
         assert type(layer) is nn.Linear
         inside = layer(x)
     assert torch.allclose(inside, before, atol=1e-6)

@@ -4,8 +4,9 @@ from wardround.backbones.adapt import load_into, reloaded
 from wardround.backbones.backbone import Backbone
 from wardround.backbones.build import build
 from wardround.backbones.families import FAMILIES, Family, family_of
+from wardround.backbones.fast_layers import fast_layers
 from wardround.backbones.normalisation import batch_normalised
-from wardround.backbones.onednn import fast_linear, product
+from wardround.backbones.onednn import product
 from wardround.backbones.release import network_of, released_model, save_release
 from wardround.backbones.vit import Token, ViT, initialise, resampled, sincos_positions, transformer
 
@@ -18,7 +19,7 @@ __all__ = [
     "batch_normalised",
     "build",
     "family_of",
-    "fast_linear",
+    "fast_layers",
     "initialise",
     "load_into",
     "network_of",

@@ -2,11 +2,9 @@
 
 On processors that are not Intel's, MKL stays with AVX2; oneDNN, which torch carries for convolutions
 and bfloat16, uses AVX-512 there and is about twice as fast at the same precision. Layers stay
-`nn.Linear`; only what `F.linear` computes is replaced, for as long as the context lasts.
+`nn.Linear`; only what `F.linear` computes is replaced, inside `fast_layers`.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,36 +12,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 
-@contextlib.contextmanager
-def fast_linear() -> Iterator[None]:
-    """Compute linear layers by oneDNN inside, where that is faster; elsewhere nothing changes.
-
-    A function of the processor alone, never of a measurement, so that a machine gives the same bits twice.
-    """
-    if not _mkl_is_slow():
-        yield
-        return
-    with _ByOneDNN():
-        yield
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return F.linear of what `fits`: [..., I], [O, I], [O] -> [..., O]."""
+    out: Tensor = _Linear.apply(x, weight, bias)
+    return out
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T as `fast_linear` would compute it, without a gradient: [..., I], [O, I] -> [..., O]."""
-    return _product(x, weight, None) if _mkl_is_slow() and _fits(x) else F.linear(x, weight)
-
-
-class _ByOneDNN(TorchFunctionMode):
-    """Sends `F.linear` to oneDNN where its tensors are float32 on the CPU."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is F.linear and _fits(args[0]):
-            return _Linear.apply(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    """Return x W^T as `fast_layers` would compute it, without a gradient: [..., I], [O, I] -> [..., O]."""
+    return _product(x, weight, None) if fits(x) else F.linear(x, weight)
 
 
 class _Linear(torch.autograd.Function):
@@ -73,10 +52,14 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _fits(x: Tensor) -> bool:
-    """Return whether oneDNN takes this input: not under autocast, which would have chosen the precision."""
+def fits(x: Tensor) -> bool:
+    """Return whether oneDNN takes this input, and faster: not under autocast, which would have chosen the precision."""
     return (
-        x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and x.numel() > 0
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.numel() > 0
+        and _mkl_is_slow()
     )
 
 

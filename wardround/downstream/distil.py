@@ -15,7 +15,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wardround.backbones import fast_linear
+from wardround.backbones import fast_layers
 from wardround.config.federation import DataConfig, Recipe
 from wardround.downstream.finetune import rows_of_step, share_of_rate
 from wardround.errors import CheckpointError
@@ -103,7 +103,7 @@ def distil(
         batch = torch.from_numpy(images[rows]).to(device).float() / 255.0
         draw, size = generator(seed, step, "view"), recipe.data.image_size
         views = view(batch, recipe, draw, size, intensities=False, crop_scale=CROP)
-        with fast_linear():
+        with fast_layers(views.device):
             with torch.no_grad():
                 target = told(original(views))
             loss = (told(smaller(views)) - target).square().mean()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wardround.backbones import fast_linear
+from wardround.backbones import fast_layers
 from wardround.data import LabelledImages
 from wardround.downstream.arms import Network
 from wardround.downstream.lora import add_lora
@@ -210,7 +210,7 @@ def _batch(pixels: Tensor, network: Network, seed: tuple[int, int]) -> Tensor:
 
 def _descend(model: Classifier, optimiser: torch.optim.Optimizer, batch: Tensor, truth: Tensor, autocast: bool) -> None:
     """Take one step. Raises CheckpointError where the loss is not finite."""
-    with fast_linear(), torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
+    with fast_layers(batch.device), torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
         logits = model(batch)
     several = truth.ndim == 2
     loss = (

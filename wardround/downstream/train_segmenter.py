@@ -13,7 +13,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.functional import grid_sample
 
-from wardround.backbones import fast_linear
+from wardround.backbones import fast_layers
 from wardround.config import Protocol
 from wardround.data import MaskedImages
 from wardround.downstream.finetune import CROP, rows_of_step, seeded, share_of_rate
@@ -65,7 +65,7 @@ def train(
         for step in range(training.steps):
             rows = rows_of_step(len(chosen), batch_size, step, seed).to(device)
             batch, truth = views(pixels[rows], masks[rows], task, (seed, step))
-            with fast_linear():
+            with fast_layers(batch.device):
                 loss = dice_loss(model.train()(batch), truth)
             if not loss.isfinite():
                 raise CheckpointError(
@@ -92,7 +92,7 @@ def answer(model: nn.Module, images: NDArray[np.uint8], task: Task) -> NDArray[n
     """Return the most probable class of each pixel: [N, C, S, S] -> [N, S, S]."""
     model.eval()
     out = []
-    with torch.inference_mode(), fast_linear():
+    with torch.inference_mode(), fast_layers(torch.device(task.device)):
         for start in range(0, len(images), 2 * task.training.batch_size):
             batch = torch.from_numpy(images[start : start + 2 * task.training.batch_size]).to(task.device)
             logits = model(normalise(batch.float() / 255.0, task.recipe.data))

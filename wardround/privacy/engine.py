@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wardround.backbones import fast_linear
+from wardround.backbones import fast_layers
 from wardround.config.federation import Recipe
 from wardround.config.privacy import UnitPrivacyConfig
 from wardround.errors import ConfigError
@@ -138,7 +138,7 @@ class Private:
         units = units - units[0]
         group = Grouping(units.to(self.device), int(units[-1]) + 1)
         low = self.recipe.training.precision != "float32"
-        with fast_linear(), self.fabric.autocast():
+        with fast_layers(self.device), self.fabric.autocast():
             return self.clip(inputs, group, self.privacy.clip * (_LOW_PRECISION_CLIP if low else 1.0))
 
 

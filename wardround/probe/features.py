@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from wardround.backbones import fast_layers
 from wardround.errors import CheckpointError
 
 BATCH = 64  # the fastest of 32 to 512 for a ViT-Tiny on two cores, and small in memory for a ViT-Base
@@ -37,6 +38,7 @@ def features(
     out: list[NDArray[Any]] = []
     with (
         torch.inference_mode(),
+        fast_layers(torch.device(device)),
         torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast),
         tqdm(total=len(images), desc="features", unit="image", disable=None, delay=2, leave=False) as bar,
     ):

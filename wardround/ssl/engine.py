@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wardround.backbones import fast_linear
+from wardround.backbones import fast_layers
 from wardround.config.federation import Recipe
 from wardround.errors import UpdateError
 from wardround.ssl.devices import Machine, open_fabric
@@ -161,7 +161,7 @@ class Plain:
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
         """Compute in the config's precision, the fastest way that this processor has."""
-        with fast_linear(), self.fabric.autocast():
+        with fast_layers(self.device), self.fabric.autocast():
             yield
 
     @property
