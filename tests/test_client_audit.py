@@ -23,8 +23,8 @@ from wardround.client import app as client_app
 from wardround.client.audit import AuditLog, Crossing, Exchange, Row
 from wardround.config import read_site
 from wardround.errors import CheckpointError, WardroundError
-from wardround.privacy.accounting import epsilon
-from wardround.privacy.ledger import Ledger
+from wardround.privacy.accounting import Mechanism, epsilon
+from wardround.privacy.ledger import Intent, Ledger
 from wardround.provision import provision
 from wardround.report.audit import log_lines
 from wardround.server.rounds import tasks_of
@@ -193,6 +193,26 @@ def test_what_cannot_be_logged_is_not_answered_and_the_reason_does_not_cross(
     assert str(stop.value) == "no answer: the reason stands in the site's own log"
     assert stop.value.__cause__ is None and stop.value.__suppress_context__
     assert f"{copied.path}: cannot be used as this site's audit log" in caplog.text
+
+
+def test_what_other_federations_spend_at_a_site_does_not_cross_in_a_refusal(
+    copied: AuditLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither how much, nor by which unit: the ledger counts them all together."""
+    ledger = Ledger(copied.work / "ledger.db")
+    mechanism = Mechanism(0.5, 1.0, 3)
+    ledger.charge(Intent("another", "1" * 64, 1, "patient", 1.0, mechanism, ""), 1e9, 1e-5)
+
+    def charged(*_: Any) -> bytes:
+        ledger.charge(Intent("tiny", "2" * 64, 1, "image", 1.0, mechanism, ""), 1e9, 1e-5)
+        raise AssertionError("charged by another unit")
+
+    monkeypatch.setitem(client_app.ANSWERS, "task", charged)
+    reply = train(copied.work / "site.toml", task_to_records(Task(1, "{}", 0, b"state"), "lyon", None))
+    crossed = b"".join(crossing(reply.content))
+    assert b"the site's privacy ledger does not admit this round; see its own log" in crossed
+    assert b"patient" not in crossed and b"another" not in crossed
+    assert "this site's ledger counts by the patient" in caplog.text
 
 
 def train(toml: Path, records: RecordDict) -> Message:

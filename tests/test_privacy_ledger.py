@@ -171,9 +171,9 @@ def test_a_rerun_is_charged_again(ledger: Ledger) -> None:
 
 def test_the_first_row_fixes_delta_and_unit(ledger: Ledger) -> None:
     charge(ledger)
-    with pytest.raises(PolicyRefusal, match="kept at 1e-05, as its first row fixed; set it back"):
+    with pytest.raises(BudgetExhausted, match="kept at 1e-05, as its first row fixed; set it back"):
         ledger.charge(LYON, NO_LIMIT, 1e-6)
-    with pytest.raises(PolicyRefusal, match="unit is 'image', and this site's ledger counts by the patient"):
+    with pytest.raises(BudgetExhausted, match="unit is 'image', and this site's ledger counts by the patient"):
         ledger.charge(replace(LYON, unit="image"), NO_LIMIT, DELTA)
     assert len(ledger.rows()) == 1
 

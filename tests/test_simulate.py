@@ -12,7 +12,7 @@ from flwr.common.constant import ErrorCode
 from warm import program
 
 from wardround import simulate as in_process
-from wardround.errors import DataError
+from wardround.errors import ConfigError, DataError
 from wardround.server.run_folder import RunFolder, open_run
 from wardround.simulate import simulate
 from wardround.update import state_hash
@@ -50,6 +50,15 @@ def test_a_finished_run_started_again_trains_nothing(whole: RunFolder, data: Pat
     before = {path: path.stat().st_mtime_ns for path in (whole.path / "rounds").rglob("*")}
     simulate(whole.config, data, whole.path, whole.tracking, threads=1)
     assert {path: path.stat().st_mtime_ns for path in (whole.path / "rounds").rglob("*")} == before
+
+
+def test_public_images_that_are_not_there_stop_it_before_anything_is_written(
+    data: Path, store: str, tmp_path: Path
+) -> None:
+    config = tiny(evaluation_set={"kind": "labelled", "folder": str(tmp_path / "nowhere")})
+    with pytest.raises(ConfigError, match=r"\[evaluation_set\] folder = '.*nowhere': is no folder"):
+        simulate(config, data, tmp_path / "run", store, threads=1)
+    assert not (tmp_path / "run" / "protocol.json").exists()
 
 
 def test_each_round_has_a_picture_of_the_coordinators_own_images(whole: RunFolder) -> None:

@@ -195,6 +195,41 @@ def test_what_a_person_took_back_no_rule_approves(tmp_path: Path) -> None:
     assert "taken back" in refused(found)
 
 
+def test_what_a_rule_let_run_is_taken_back_by_the_same_command(tmp_path: Path) -> None:
+    found = site(tmp_path, approve=RULE)
+    agreed_protocol(found, task())
+    assert approve(tmp_path, PLAN.digest[:8], "--withdraw").exit_code == 0
+    assert "taken back" in refused(found)
+    site(tmp_path, approve={**RULE, "rounds": 1})
+    agreed_protocol(site(tmp_path, approve=RULE), task(protocol(seed=9)))
+    with pytest.raises(ConfigError, match="is approved here"):  # the rule would not let it run any more
+        approval.withdraw(site(tmp_path, approve={**RULE, "rounds": 1}), protocol(seed=9).digest())
+
+
+def test_a_site_needs_none_of_the_coordinators_public_images(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(to_toml({**TINY, "evaluation_set": {"kind": "labelled", "folder": "/at/the/coordinators"}}))
+    assert approval.find(site(tmp_path), str(path)) == PLAN.protocol
+
+
+def test_weights_that_are_not_here_are_named_with_the_way_to_approve_without_them(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(to_toml({**TINY, "initial_weights": "chest@candidate"}))
+    with pytest.raises(
+        ConfigError, match=r"tiny.toml: initial_weights: backbone 'chest@candidate': MLflow's address"
+    ) as one:
+        approval.find(site(tmp_path), str(path))
+    assert str(one.value).endswith(
+        "approve by digest, once the federation has asked: 'wardround site approve SITE_TOML' lists what waits."
+    )
+
+
+@pytest.mark.parametrize("digest", ["0123456789ab", "X" * 64])
+def test_a_digest_in_site_toml_that_could_never_match_is_refused(digest: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="approved"):
+        site(tmp_path, approved=[digest])
+
+
 def test_what_would_be_refused_though_approved_is_said_before_it_is_approved(tmp_path: Path) -> None:
     asked = protocol(training={"local_steps": 1})
     refused(site(tmp_path), asked)

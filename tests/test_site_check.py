@@ -320,6 +320,23 @@ def test_text_is_a_warning_by_header_or_looks_and_the_first_file_is_named(kits: 
     assert found.found == "by header in 0 files, by its looks in 1 of 13" and "a suspicion" in found.remedy
 
 
+def test_a_file_whose_header_says_so_is_drawn_with_the_suspects(kits: Path) -> None:
+    def height() -> int:
+        checked(kits)
+        with Image.open(kits / "lyon/work/check/contact-sheet.png") as sheet:
+            return sheet.height
+
+    before = height()
+    write_dicom(kits / "lyon/images/said.dcm", some_pixels(50, (40, 40)) // 2, BurnedInAnnotation="YES")
+    assert height() > before, "a row below the others"
+
+
+def test_initial_weights_that_are_elsewhere_are_a_warning(kits: Path) -> None:
+    found = checked(kits, tiny(initial_weights="chest@candidate"))
+    assert found["federation"].severity == "warning" and "approve by digest" in found["federation"].remedy
+    assert found["images"].severity == "well" and "audit log" in found
+
+
 def test_a_federation_that_cannot_be_resolved_is_a_problem(kits: Path) -> None:
     config = tiny(**merged(PRIVATE, {"membership": {"units": {"lyon": 2}}}))  # fewer patients than a batch
     found = checked(kits, config)

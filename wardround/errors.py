@@ -32,7 +32,7 @@ class PolicyRefusal(WardroundError):
 
 
 class BudgetExhausted(WardroundError):
-    """The privacy budget does not cover what is asked."""
+    """The privacy budget does not cover what is asked, or cannot be counted with it. Its text stays at the site."""
 
 
 class UpdateError(WardroundError):

@@ -87,9 +87,6 @@ def resolve(config: FederationConfig) -> Plan:
 
     Raises ConfigError for what cannot be built or released, CheckpointError for damaged initial weights.
     """
-    chosen = config.evaluation_set
-    if chosen is not None and chosen.folder is not None and not chosen.folder.is_dir():
-        raise ConfigError(f"[evaluation_set] folder = '{chosen.folder}': is no folder; name one, or leave it out.")
     method = methods.build(config)
     if batch_normalised(method.backbone) and config.evaluation_set is None:
         raise ConfigError(

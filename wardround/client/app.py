@@ -72,7 +72,7 @@ def _answered(kind: TaskKind, message: Message, site: SiteConfig) -> Message:
         answer = Refusal(CODES[type(error)], str(error))
     except BudgetExhausted as error:  # its text tells what other federations spend here
         log.warning("site '%s' refuses: %s", site.name, error)
-        answer = Refusal(CODES[BudgetExhausted], "the site's privacy budget does not cover this round")
+        answer = Refusal(CODES[BudgetExhausted], "the site's privacy ledger does not admit this round; see its own log")
     except Exception as error:  # whatever it says may name a file or a patient
         log.warning("site '%s' failed: %s", site.name, error, exc_info=not isinstance(error, WardroundError))
         answer = Refusal(CODES.get(type(error), "failed"), "the reason stands in the site's own log")

@@ -18,10 +18,12 @@ from pydantic import Field
 
 from wardround.config import FederationConfig, Protocol, SiteConfig, Strict, named, parse, read_toml
 from wardround.config.site import ApproveConfig
-from wardround.errors import ConfigError
+from wardround.errors import ConfigError, WardroundError
 from wardround.plan import resolve
 from wardround.registry.durable import write_file
+from wardround.registry.source import release_folder
 
+BY_DIGEST = "approve by digest, once the federation has asked: 'wardround site approve SITE_TOML' lists what waits"
 _MOST_WAITING = 20
 _LARGEST = 64_000  # characters of a protocol's text; ours have some 3,000
 _SHORTEST = 8  # digits that a digest may be given by
@@ -84,7 +86,7 @@ def approve(site: SiteConfig, protocol: Protocol, who: str | None = None) -> Non
 def withdraw(site: SiteConfig, reference: str, who: str | None = None) -> str:
     """Write down that an approval is taken back, however it was given; return the digest.
 
-    reference: a digest, its beginning, or a federation's file. Raises ConfigError for one that is not approved here.
+    reference: a digest, its beginning, or a federation's file. Raises ConfigError for one that would not run here.
     """
     given = approved(site)
     wanted = _of_file(reference).digest() if reference.endswith(".toml") else reference
@@ -94,14 +96,38 @@ def withdraw(site: SiteConfig, reference: str, who: str | None = None) -> str:
 
 
 def approved(site: SiteConfig) -> dict[str, str]:
-    """Return what a person agreed to and did not take back, and what site.toml lists: federations by digest."""
+    """Return what a person agreed to and did not take back, what site.toml lists, and what its rule let run and would.
+
+    Federations by digest.
+    """
     heard = words(site.work)
     known = dict.fromkeys(site.approved, "") | {word.digest: word.federation for word in heard}
-    return {
-        digest: name
-        for digest, name in known.items()
-        if (last.said == "approved" if (last := _last(heard, digest)) else digest in site.approved)
-    }
+    by_rule = {word.digest: word.protocol for word in heard if word.said == "by rule"}
+
+    def runs(digest: str) -> bool:
+        if (last := _last(heard, digest)) is not None:
+            return last.said == "approved"
+        if digest in site.approved:
+            return True
+        if (noted := by_rule.get(digest)) is None:
+            return False
+        try:
+            return unapproved(site, parse(noted, Protocol, "a protocol that ran by rule")) is None
+        except ConfigError:  # of another release, and this one would not run it
+            return False
+
+    return {digest: name for digest, name in known.items() if runs(digest)}
+
+
+def out_of_reach(config: FederationConfig) -> str | None:
+    """Return why a federation's initial weights cannot be had here, or None: a digest is of their hash, too."""
+    if config.initial_weights is None:
+        return None
+    try:
+        with release_folder(config.initial_weights):
+            return None
+    except WardroundError as error:
+        return str(error)
 
 
 def find(site: SiteConfig, reference: str) -> Protocol:
@@ -196,8 +222,11 @@ def _one(reference: str, known: Mapping[str, Any], holds: str) -> str:
 
 
 def _of_file(path: str) -> Protocol:
+    config = read_toml(Path(path), FederationConfig)
     with named(Path(path)):
-        return resolve(read_toml(Path(path), FederationConfig)).protocol
+        if (why := out_of_reach(config)) is not None:
+            raise ConfigError(f"{path}: initial_weights: {why} Or {BY_DIGEST}.")
+        return resolve(config).protocol
 
 
 def _file(work: Path, protocol: Protocol) -> Path:

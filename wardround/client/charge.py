@@ -37,7 +37,7 @@ def charge(site: SiteConfig, protocol: Protocol, task: Task) -> Charged:
     """Charge the ledger for one training of a task's round: on disk when this returns, and never taken back.
 
     Raises PolicyRefusal where site.toml sets no terms, the batch is larger than the site, or the ledger
-    lacks what the coordinator has seen of it, and BudgetExhausted past the ceiling. Only for protocols
+    lacks what the coordinator has seen of it, and BudgetExhausted as `Ledger.charge` does. Only for protocols
     whose privacy unit is a patient or an image.
     """
     privacy = protocol.privacy

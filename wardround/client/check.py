@@ -50,7 +50,6 @@ def check(site: SiteConfig, path: Path, config: FederationConfig) -> tuple[list[
     """Return what was found, and the images where there are any; `path` is that of site.toml."""
     found: list[Finding] = []
     images: SiteImages | None = None
-    plan: Plan | None = None
     _told(found, "kit", _kit, site, path)
     _told(found, "folders", _folders, site, path)
     _told(found, "connection", _connection, site)
@@ -58,12 +57,16 @@ def check(site: SiteConfig, path: Path, config: FederationConfig) -> tuple[list[
         images = open_site(site, config.data)
         found += _images(images)
         _told(found, "text in the pixels", _text, site, images)
-    with _problem(found, "federation"):
-        plan = resolve(config)
-        _told(found, "approval", _approval, site, plan)
-        _told(found, "time", _time, site, plan)
-        _told(found, "disk", _disk, site, plan, images)
-        _told(found, "ledger", _ledger, site, plan)
+    if (why := approval.out_of_reach(config)) is not None:
+        remedy = f"put them there, and check again; or {approval.BY_DIGEST}"
+        found.append(Finding("federation", f"its initial weights are not here: {why}", "warning", remedy))
+    else:
+        with _problem(found, "federation"):
+            plan = resolve(config)
+            _told(found, "approval", _approval, site, plan)
+            _told(found, "time", _time, site, plan)
+            _told(found, "disk", _disk, site, plan, images)
+            _told(found, "ledger", _ledger, site, plan)
     _told(found, "audit log", _log, site)
     return found, images
 
@@ -180,7 +183,9 @@ def _text(site: SiteConfig, images: SiteImages) -> list[Finding]:
     with quiet():
         suspects = [path for path in looked if looks_burnt(next(read_frames(path, [0], None)))]
     sheet = site.work / "check" / "contact-sheet.png"
-    _draw(images, suspects, sheet)
+    folder = site.images.folder
+    flagged = [folder / name for name in images.index.burnt] if folder is not None else []
+    _draw(images, [*flagged, *suspects], sheet)
     said = f"by header in {len(images.index.burnt):,} files, by its looks in {len(suspects)} of {len(looked)}"
     found = Finding("text in the pixels", said)
     if named := [*images.index.burnt, *map(str, suspects)]:

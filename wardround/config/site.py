@@ -175,10 +175,10 @@ class SiteConfig(Strict):
     name: Name = Field(description="The site's name in the federation.")
     images: ImagesConfig = Field(description="The site's images.")
     work: Path = Field(description="A folder for the cache, the journal and the site memory; the only one written.")
-    approved: tuple[str, ...] = Field(
+    approved: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
         default=(),
-        description="Protocol digests that this site agreed to, beside those of `wardround site approve`; no other is "
-        "run. What that command took back is not run, though it stands here.",
+        description="Protocol digests, all 64 digits, that this site agreed to, beside those of `wardround site "
+        "approve`; no other is run. What that command took back is not run, though it stands here.",
     )
     approve: ApproveConfig | None = Field(default=None, description="Protocols that need no person's approval.")
     minimum: MinimumConfig = Field(

@@ -89,8 +89,8 @@ class Ledger:
     def charge(self, intent: Intent, ceiling: float, delta: float) -> str:
         """Write an intent and return the new head; when it returns, the row outlasts a power cut.
 
-        Raises PolicyRefusal as `confirm` does, or where the ledger counts by another unit or delta, and
-        BudgetExhausted where the row would take epsilon past the ceiling. Nothing is written then.
+        Raises PolicyRefusal as `confirm` does, and BudgetExhausted where the row would take epsilon past the ceiling
+        or the ledger counts by another unit or delta. Nothing is written then.
         """
         self.confirm(intent)
         with table.transaction(self.path, LEDGER) as db:
@@ -175,17 +175,17 @@ def _append(db: Connection, seq: int, kind: str, count: int, delta: float, inten
 
 
 def _check_terms(rows: Sequence[Row], unit: str, delta: float) -> None:
-    """Raise PolicyRefusal where a row of this unit and delta does not add up with those that are there."""
+    """Raise BudgetExhausted where a row of this unit and delta does not add up with those that are there."""
     if not rows:
         return
     first = rows[0]
     if delta != first.delta:
-        raise PolicyRefusal(
+        raise BudgetExhausted(
             f"[privacy] delta = {delta:g} in site.toml, but the ledger is kept at {first.delta:g}, as its first row "
             "fixed; set it back."
         )
     if unit != first.intent.unit:
-        raise PolicyRefusal(
+        raise BudgetExhausted(
             f"the federation's privacy unit is '{unit}', and this site's ledger counts by the {first.intent.unit}: "
             f"the two do not add up. Take part in federations with unit = '{first.intent.unit}'."
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wardround.config import FederationConfig, Protocol, parse
-from wardround.errors import CheckpointError
+from wardround.errors import CheckpointError, ConfigError
 from wardround.registry import checkpoint
 from wardround.registry.checkpoint import Checkpoint
 from wardround.registry.durable import sync, write_file
@@ -108,9 +108,12 @@ def check_owner(path: Path, plan: "Plan") -> None:
 def create(path: Path, plan: "Plan", members: dict[str, str], tracking: str, version: int = 0) -> RunFolder:
     """Return the run folder of a plan, made if it is not there.
 
-    Raises CheckpointError where the folder belongs to another config. Members and tracking may change;
-    `version` is that of the signed membership which the members are from.
+    Raises CheckpointError where the folder belongs to another config, ConfigError where the coordinator's public
+    images are not here. Members and tracking may change; `version` is that of the signed membership that they are from.
     """
+    chosen = plan.config.evaluation_set
+    if chosen is not None and chosen.folder is not None and not chosen.folder.is_dir():
+        raise ConfigError(f"[evaluation_set] folder = '{chosen.folder}': is no folder; name one, or leave it out.")
     check_owner(path, plan)
     known = _read(path / "run.json")["id"] if (path / "run.json").exists() else secrets.token_hex(8)
     run = RunFolder(path, plan.config, plan.protocol, members, tracking, known, plan.start)
