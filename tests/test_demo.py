@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 
 @pytest.mark.slow
@@ -16,7 +15,7 @@ def test_the_demo_goes_the_whole_way_and_the_trained_encoder_beats_the_random_on
     """Only the whole demo shows that its parts fit together, and that what is trained is worth pulling."""
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
     command = [sys.executable, "-m", "wardround.cli", "demo", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr  # 1 where the trained encoder does not beat the random one
     for words in ("hillcrest", "quarantined", "bytes sent", "bytes received", "Next:"):
         assert words in done.stdout

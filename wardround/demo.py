@@ -16,7 +16,8 @@ from wardround.report.tables import index_table, left_out_lines, rounds_table, t
 from wardround.server.run_folder import RunFolder
 from wardround.simulate import index_sites, simulate
 
-CONFIG = Path("federation_configs/demo.toml")
+PACKAGED = Path(__file__).with_name("demo.toml")  # of a wheel; in a checkout it stands with the others
+CONFIG = PACKAGED if PACKAGED.exists() else Path(__file__).parents[1] / "federation_configs" / "demo.toml"
 HELD_OUT_SEED = 20_260_101  # phantoms of patients that no hospital has
 
 
@@ -37,7 +38,7 @@ def run_demo(out: Path, tracking: str, console: Console) -> None:
     for line in left_out_lines(sites, most=3):
         console.print(line, style="dim", highlight=False, soft_wrap=True)
 
-    console.rule("3 of 5: they pretrain one backbone; only weight updates travel", align="left")
+    console.rule("3 of 5: they pretrain one backbone; weight updates travel, images do not", align="left")
     run = simulate(config, hospitals, out, tracking)
     console.print(rounds_table([run.record(number) for number in run.committed()[1:]]))
 
