@@ -117,6 +117,17 @@ def test_a_server_optimiser_is_the_federations_own(tmp_path: Path, monkeypatch: 
     assert steps["lyon alone"] == steps["central"] == 2 * steps["lyon in the same time"] == 2 * steps["federated"]
 
 
+@pytest.mark.parametrize(("method", "own"), [("simclr", set()), ("moco", {"FedEMA"}), ("mae", {"patient-level DP"})])
+def test_each_method_has_the_arms_that_it_admits(
+    method: str, own: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    write_labelled(tmp_path, {"oslo": 20, "lyon": 40}, size=48)
+    base = tomllib.loads(Path(f"federation_configs/malaria_{method}.toml").read_text())
+    found = {arm for arm, _, _ in utility.arms(base, tmp_path, tmp_path, quick=False)}
+    assert found & {"FedEMA", "patient-level DP"} == own and {"federated", "FedProx", "FedAdam"} <= found
+
+
 @pytest.mark.slow
 def test_cells_are_trained_once_and_an_absent_site_is_in_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
