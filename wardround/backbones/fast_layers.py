@@ -26,7 +26,7 @@ class _Faster(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and onednn.fits(args[0]):
+        if func is F.linear and args and onednn.fits(args[0]):
             return onednn.linear(*args, **kwargs)
         if func is F.max_pool2d and pooling.fits(*args, **kwargs):
             return pooling.max_pool(*args, **kwargs)
