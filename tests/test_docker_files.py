@@ -1,6 +1,7 @@
 """What a person starts containers from: the same hardening everywhere, no wrong key, no secret, one port."""
 
 import copy
+import os
 import re
 import shutil
 import stat
@@ -83,7 +84,30 @@ def test_only_the_gate_is_published_and_mlflow_and_its_database_have_no_way_out(
 def test_a_site_writes_to_its_work_folder_alone(kits: Path) -> None:
     for service in services(kits / "lyon" / "compose.yaml").values():
         mounts = {mount["target"]: mount.get("read_only", False) for mount in service["volumes"]}
-        assert mounts == {"/site": True, "/site/work": False, "/data/images": True}
+        assert mounts == {"/site": True, "/site/work": False, "/data/images": True, "/data/labelled": True}
+
+
+@pytest.mark.parametrize(("given", "mounted"), [({}, "/dev/null"), ({"LABELLED": "/lent"}, "/lent")])
+def test_labelled_images_are_mounted_where_they_are_named_and_nothing_else_is(
+    given: dict[str, str], mounted: str, kits: Path
+) -> None:
+    """As podman-compose understands the files; the kit's own stays as its checksums have it."""
+    program = [str(Path(sys.executable).parent / "podman-compose"), "--dry-run", "--profile", "cpu"]
+    env = {"PATH": os.environ["PATH"], "COORDINATOR": "/c", "IMAGES": "/images", **given}
+    for path, name in ((COORDINATOR, "coordinator"), (kits / "lyon" / "compose.yaml", "cpu")):
+        done = subprocess.run([*program, "--file", path, "config"], env=env, capture_output=True, text=True, check=True)
+        volumes = yaml.safe_load(done.stdout)["services"][name]["volumes"]
+        found = [volume for volume in volumes if volume["target"] == "/data/labelled"]
+        assert [(volume["source"], volume["read_only"]) for volume in found] == [(mounted, True)]
+
+
+def test_what_the_site_is_told_to_write_into_its_env_file_mounts_what_its_site_toml_proposes(kits: Path) -> None:
+    readme, toml = ((kits / "lyon" / name).read_text() for name in ("README.md", "site.toml"))
+    told = set(re.findall(r"^    echo \"(\w+)=", readme, flags=re.MULTILINE))
+    assert told == {"IMAGES", "LABELLED"}
+    (service, *_) = services(kits / "lyon" / "compose.yaml").values()
+    targets = {mount["target"] for mount in service["volumes"]}
+    assert set(re.findall(r'folder = "(/data/\w+)"', toml)) <= targets
 
 
 def test_the_kits_container_is_of_the_version_that_made_the_kit_and_is_covered_by_its_checksums(kits: Path) -> None:
