@@ -1,7 +1,10 @@
 """Who takes part: signed, in one file, by versions that only go up; keys that were taken back stay out."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +209,53 @@ def test_a_site_without_declared_patients_does_not_join_a_private_federation(tmp
     assert not (tmp_path / "oslo").exists()
     provision(private({"lyon": 100, "oslo": 50}), tmp_path, ["oslo"])
     assert sorted(read_membership(tmp_path / "coordinator").active) == ["lyon", "oslo"]
+
+
+@contextmanager
+def another_account(folder: Path) -> Iterator[None]:
+    """Be an account that may not read a folder of mode 0700."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    else:
+        folder.chmod(0)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        else:
+            folder.chmod(0o700)
+
+
+def test_an_account_that_may_not_read_the_coordinators_folder_is_told_in_one_line(kits: Path) -> None:
+    """As the one that made it is, once the folder belongs to the container's account."""
+    home = kits / "coordinator"
+    calls: list[Callable[[], object]] = [
+        lambda: add(kits, "pisa"),
+        lambda: revoke(kits, "lyon"),
+        lambda: lines(kits),
+        lambda: renew(kits),
+        lambda: provision(tiny(), kits),
+        lambda: prepare(tiny(), kits),
+    ]
+    for call in calls:
+        told = rf"^{home}: account \d+ may not read it; take the account that owns it, or sudo and then 'chown' what"
+        with another_account(home), pytest.raises(ConfigError, match=told):
+            call()
+
+
+def test_what_sudo_wrote_and_nobody_gave_back_is_named(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = kits / "coordinator" / "membership.json", Path.open
+
+    def closed(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(ConfigError, match=rf"^{path}: account \d+ may not read it"):
+        revoke(kits, "lyon")
 
 
 def test_more_sites_than_the_declared_cohort_are_refused(tmp_path: Path) -> None:
