@@ -1,8 +1,10 @@
 """What a person starts containers from: the same hardening everywhere, no wrong key, no secret, one port."""
 
 import copy
+import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +17,12 @@ import yaml
 from conftest import ROOT, tiny
 
 from wardround import __version__
+from wardround.errors import ConfigError
 from wardround.processes import free_port
-from wardround.provision import provision
+from wardround.provision import provision, revoke
 from wardround.server.gate import gate
+from wardround.server.membership import read_membership
+from wardround.server.superlink import current_members
 from wardround.signatures import fingerprint
 
 COORDINATOR = ROOT / "docker" / "compose.coordinator.yaml"
@@ -79,7 +84,30 @@ def test_only_the_gate_is_published_and_mlflow_and_its_database_have_no_way_out(
 def test_a_site_writes_to_its_work_folder_alone(kits: Path) -> None:
     for service in services(kits / "lyon" / "compose.yaml").values():
         mounts = {mount["target"]: mount.get("read_only", False) for mount in service["volumes"]}
-        assert mounts == {"/site": True, "/site/work": False, "/data/images": True}
+        assert mounts == {"/site": True, "/site/work": False, "/data/images": True, "/data/labelled": True}
+
+
+@pytest.mark.parametrize(("given", "mounted"), [({}, "/dev/null"), ({"LABELLED": "/lent"}, "/lent")])
+def test_labelled_images_are_mounted_where_they_are_named_and_nothing_else_is(
+    given: dict[str, str], mounted: str, kits: Path
+) -> None:
+    """As podman-compose understands the files; the kit's own stays as its checksums have it."""
+    program = [str(Path(sys.executable).parent / "podman-compose"), "--dry-run", "--profile", "cpu"]
+    env = {"PATH": os.environ["PATH"], "COORDINATOR": "/c", "IMAGES": "/images", **given}
+    for path, name in ((COORDINATOR, "coordinator"), (kits / "lyon" / "compose.yaml", "cpu")):
+        done = subprocess.run([*program, "--file", path, "config"], env=env, capture_output=True, text=True, check=True)
+        volumes = yaml.safe_load(done.stdout)["services"][name]["volumes"]
+        found = [volume for volume in volumes if volume["target"] == "/data/labelled"]
+        assert [(volume["source"], volume["read_only"]) for volume in found] == [(mounted, True)]
+
+
+def test_what_the_site_is_told_to_write_into_its_env_file_mounts_what_its_site_toml_proposes(kits: Path) -> None:
+    readme, toml = ((kits / "lyon" / name).read_text() for name in ("README.md", "site.toml"))
+    told = set(re.findall(r"^    echo \"(\w+)=", readme, flags=re.MULTILINE))
+    assert told == {"IMAGES", "LABELLED"}
+    (service, *_) = services(kits / "lyon" / "compose.yaml").values()
+    targets = {mount["target"] for mount in service["volumes"]}
+    assert set(re.findall(r'folder = "(/data/\w+)"', toml)) <= targets
 
 
 def test_the_kits_container_is_of_the_version_that_made_the_kit_and_is_covered_by_its_checksums(kits: Path) -> None:
@@ -130,11 +158,12 @@ def test_the_pod_is_hardened_as_the_container_is_and_only_its_gate_is_reached() 
     job, _, service, policy = MANIFESTS
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
+    for one in (*pod["initContainers"], container):
+        assert one["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert pod["automountServiceAccountToken"] is False
@@ -144,6 +173,56 @@ def test_the_pod_is_hardened_as_the_container_is_and_only_its_gate_is_reached() 
     assert [port["targetPort"] for port in service["spec"]["ports"]] == ["gate"]
     assert policy["spec"]["ingress"] == [{"ports": [{"protocol": "TCP", "port": "gate"}]}]
     assert [port["name"] for port in container["ports"]] == ["gate"]
+
+
+def test_the_pod_leaves_a_kit_that_the_coordinator_takes_and_that_follows_the_secret(
+    kits: Path, tmp_path: Path
+) -> None:
+    """Kubernetes adds the group's right to read to a Secret's files, and changes them by one link, `..data`."""
+    pod = MANIFESTS[0]["spec"]["template"]["spec"]
+    (init,) = pod["initContainers"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in init["volumeMounts"]}
+    secret, kit = tmp_path / "secret", tmp_path / "kit"
+    _mount_secret(kits / "coordinator", secret)
+    config = tiny(membership={"sites": {"lyon": 1.0}})
+    with pytest.raises(ConfigError, match=r"release\.key: others can read it"):
+        current_members(secret, config, tmp_path / "run")
+    kit.mkdir()
+    *shell, script = init["command"]
+    script = script.replace(mounts["secret"], str(secret)).replace(mounts["kit"], str(kit))
+    for _ in range(2):  # a pod whose sandbox dies runs it again
+        subprocess.run([*shell, script], check=True)
+    assert sorted(current_members(kit, config, tmp_path / "run").keys) == ["lyon"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in kit.glob("*.key")} == {0o600}
+    assert not (kit / "ca.key").exists()
+    shutil.copytree(kits / "coordinator", tmp_path / "kits" / "coordinator")
+    revoke(tmp_path / "kits", "lyon")
+    _mount_secret(tmp_path / "kits" / "coordinator", secret)
+    assert read_membership(kit).gone == {"lyon"}
+
+
+def _mount_secret(kit: Path, secret: Path) -> None:
+    """Lay a kit out as Kubernetes mounts the Secret that docs/containers.md makes of it."""
+    page = (ROOT / "docs" / "containers.md").read_text()
+    version = secret / f"..{len(list(secret.glob('..*')))}"
+    version.mkdir(parents=True)
+    for name in re.findall(r"--from-file=\$kit/(\S+)", page):
+        shutil.copy(kit / name, version / name)
+        (version / name).chmod(0o440)
+        if not (secret / name).is_symlink():
+            (secret / name).symlink_to(f"..data/{name}")
+    (secret / "..next").symlink_to(version.name)
+    (secret / "..next").replace(secret / "..data")
+
+
+def test_the_pods_kit_is_memory_and_its_coordinator_cannot_change_it() -> None:
+    pod = MANIFESTS[0]["spec"]["template"]["spec"]
+    (init,), (container,) = pod["initContainers"], pod["containers"]
+    assert {volume["name"]: volume for volume in pod["volumes"]}["kit"]["emptyDir"]["medium"] == "Memory"
+    assert init["image"] == container["image"]
+    places = [{m["name"]: m["mountPath"] for m in c["volumeMounts"] if m["name"] != "tmp"} for c in (init, container)]
+    assert places[0].items() <= places[1].items(), "links lead to the same place in both"
+    assert [m["name"] for m in init["volumeMounts"] if not m.get("readOnly")] == ["kit"]
 
 
 def test_a_gate_without_a_superlink_behind_it_is_not_well(kits: Path, tmp_path: Path) -> None:

@@ -32,6 +32,14 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("folder", ["wardround", "docker", "federation_configs"])
+def test_every_page_that_a_source_file_names_is_here(folder: str) -> None:
+    for path in [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".toml")]:
+        for name in re.findall(r"[\w./-]+\.md\b", path.read_text()):
+            written = name.endswith("README.md")  # a kit's, a release's, a bundle's
+            assert written or (ROOT / name).exists(), (path, name)
+
+
 def test_the_reference_pages_are_what_the_code_says() -> None:
     code = (
         "import pathlib, make_reference as r; "

@@ -1,14 +1,18 @@
 """Who takes part: signed, in one file, by versions that only go up; keys that were taken back stay out."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny
+from conftest import ROOT, TINY, tiny, to_toml
 
-from wardround.config import FederationConfig
+from wardround.cli.provisioning import provision_kits
+from wardround.config import FederationConfig, read_toml
 from wardround.errors import CheckpointError, ConfigError
 from wardround.plan import resolve
 from wardround.provision import add, answer, lines, prepare, provision, renew, revoke, rotate
@@ -76,6 +80,43 @@ def test_a_site_makes_its_own_key_and_no_private_key_travels(tmp_path: Path) -> 
     assert init(home, "lyon")[1] == key, "a second call keeps the key"
     answer(kits, path)  # and signing twice changes nothing
     assert "site.key" not in {file.name for file in kit.iterdir()}
+
+
+def test_where_no_site_is_listed_the_coordinator_comes_first_and_each_kit_is_added(tmp_path: Path) -> None:
+    kits, config = tmp_path / "kits", read_toml(ROOT / "federation_configs" / "malaria_private.toml", FederationConfig)
+    assert not config.membership.sites
+    provision(config, kits)
+    assert [path.name for path in kits.iterdir()] == ["coordinator"]
+    with pytest.raises(ConfigError, match=r"has no site's key; make each kit with 'wardround provision add SITE --out"):
+        members_of(kits / "coordinator", config)
+    for site in config.membership.units:
+        add(kits, site)
+    with pytest.raises(ConfigError, match="units: no declared number of patients for 'lyon'; add one"):
+        add(kits, "lyon")
+    assert members_of(kits / "coordinator", config).keys.keys() == config.membership.units.keys()
+
+
+def test_a_second_run_completes_the_kits_of_sites_that_no_file_lists(tmp_path: Path) -> None:
+    provision(tiny(), tmp_path)
+    add(tmp_path, "lyon")
+    add(tmp_path, "oslo")
+    (tmp_path / "lyon" / "README.md").unlink()
+    shutil.rmtree(tmp_path / "oslo")  # handed over
+    before = (tmp_path / "coordinator" / "membership.json").read_bytes()
+    provision(tiny(), tmp_path)
+    assert (tmp_path / "lyon" / "README.md").exists()
+    assert not (tmp_path / "oslo").exists()
+    assert (tmp_path / "coordinator" / "membership.json").read_bytes() == before
+
+
+def test_what_to_type_next_is_a_kit_until_there_is_a_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, kits = tmp_path / "tiny.toml", tmp_path / "kits"
+    path.write_text(to_toml(TINY))
+    provision_kits(path, kits)
+    assert f"Next:\n  wardround provision add SITE --out {kits}   (for each site:" in capsys.readouterr().out
+    add(kits, "lyon")
+    provision_kits(path, kits)
+    assert f"Next:\n  wardround coordinate {path}" in capsys.readouterr().out
 
 
 def test_a_request_whose_sender_does_not_have_the_key_is_refused(kits: Path, tmp_path: Path) -> None:
@@ -168,6 +209,53 @@ def test_a_site_without_declared_patients_does_not_join_a_private_federation(tmp
     assert not (tmp_path / "oslo").exists()
     provision(private({"lyon": 100, "oslo": 50}), tmp_path, ["oslo"])
     assert sorted(read_membership(tmp_path / "coordinator").active) == ["lyon", "oslo"]
+
+
+@contextmanager
+def another_account(folder: Path) -> Iterator[None]:
+    """Be an account that may not read a folder of mode 0700."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    else:
+        folder.chmod(0)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        else:
+            folder.chmod(0o700)
+
+
+def test_an_account_that_may_not_read_the_coordinators_folder_is_told_in_one_line(kits: Path) -> None:
+    """As the one that made it is, once the folder belongs to the container's account."""
+    home = kits / "coordinator"
+    calls: list[Callable[[], object]] = [
+        lambda: add(kits, "pisa"),
+        lambda: revoke(kits, "lyon"),
+        lambda: lines(kits),
+        lambda: renew(kits),
+        lambda: provision(tiny(), kits),
+        lambda: prepare(tiny(), kits),
+    ]
+    for call in calls:
+        told = rf"^{home}: account \d+ may not read it; take the account that owns it, or sudo and then 'chown' what"
+        with another_account(home), pytest.raises(ConfigError, match=told):
+            call()
+
+
+def test_what_sudo_wrote_and_nobody_gave_back_is_named(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = kits / "coordinator" / "membership.json", Path.open
+
+    def closed(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(ConfigError, match=rf"^{path}: account \d+ may not read it"):
+        revoke(kits, "lyon")
 
 
 def test_more_sites_than_the_declared_cohort_are_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def provision_kits(
         bool, typer.Option("--keys-at-sites", help="Make no site's key: each makes its own, and sends a request.")
     ] = False,
 ) -> None:
-    """Make the federation's certificates and keys, and a kit for each site; sign who takes part.
+    """Make the federation's certificates and keys, and a kit for each site that the file lists; sign who takes part.
 
     `wardround provision FEDERATION.toml` does the same. A second run adds what is missing, overwrites nothing, and
     signs what the file says by now of sites and patience; a running coordinator takes that over between rounds.
@@ -39,10 +39,12 @@ def provision_kits(
     with named(config):
         membership = (prepare if keys_at_sites else provision)(federation, out, address=address)
     typer.echo("\n".join(lines(out)))
-    requests = [f"wardround provision sign SITE.csr --out {out}"] if keys_at_sites else []
+    joining = [f"wardround provision sign SITE.csr --out {out}"] if keys_at_sites else []
+    if not keys_at_sites and not membership.keys and not federation.membership.sites:
+        joining = [f"wardround provision add SITE --out {out}   (for each site: the file's [membership] lists none)"]
     here = membership.address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]")
     listen = "" if here else " --host 0.0.0.0"
-    say_next(*requests, f"wardround coordinate {config} --kit {out}/coordinator --out runs/{federation.name}{listen}")
+    say_next(*joining, f"wardround coordinate {config} --kit {out}/coordinator --out runs/{federation.name}{listen}")
 
 
 @provision_cli.command("sign")

@@ -1,4 +1,4 @@
-"""The privacy statement: what is promised, in the words of DESIGN.md and no others."""
+"""The privacy statement: what is promised, in the words of docs/privacy.md and no others."""
 
 from wardround.config.privacy import NoPrivacyConfig, PrivacyConfig, UnitPrivacyConfig
 from wardround.privacy.accounting import upward

@@ -6,6 +6,7 @@ Nothing that exists is written over but the last two, which say what the federat
 `server.crt` where it is renewed on request.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ def prepare(config: FederationConfig, out: Path, address: str | None = None) -> 
 def begin(config: FederationConfig, out: Path, address: str | None) -> tuple[Membership | None, Membership]:
     """Make what a kit is made from; return the membership that is signed, if any, and the next, not signed yet."""
     home = folder(out)
+    _check_readable(home)
     before = read_membership(home) if (home / FILE).exists() else None
     if before is not None and before.federation != config.name:
         raise ConfigError(f"{home}: is of federation '{before.federation}', not '{config.name}'; give another --out.")
@@ -63,6 +65,7 @@ def seal(config: FederationConfig, out: Path, before: Membership | None, after: 
 def known(out: Path) -> tuple[FederationConfig, Membership]:
     """Return the federation's config and membership as they were signed last. Raises ConfigError without any."""
     home = folder(out)
+    _check_readable(home)
     path = home / "federation.json"
     if not path.is_file():
         raise ConfigError(f"{out}: has no coordinator's folder; begin with 'wardround provision FEDERATION.toml'.")
@@ -96,6 +99,25 @@ def owner_of(membership: Membership, line: str) -> str | None:
     """Return which site has a public key (a line of OpenSSH, whatever its comment)."""
     owners: Mapping[str, str] = {known.rsplit(" ", 1)[0]: site for site, known in membership.keys.items()}
     return owners.get(line.rsplit(" ", 1)[0])
+
+
+def _check_readable(home: Path) -> None:
+    """Raise ConfigError where this account may not read the coordinator's folder, as after its `chown` for a container.
+
+    A file that `sudo` wrote may be another account's than the rest.
+    """
+    path = home
+    try:
+        for path in home.iterdir():
+            if path.is_file():
+                path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):  # not made yet, or being replaced
+        return
+    except PermissionError as error:
+        raise ConfigError(
+            f"{path}: account {os.geteuid()} may not read it; take the account that owns it, or sudo and then 'chown' "
+            "what was written to that account."
+        ) from error
 
 
 def _certify(federation: str, home: Path, hosts: list[str]) -> None:

@@ -32,13 +32,14 @@ _TEMPLATES = ("site.toml", "compose.yaml", "README.md")
 def provision(config: FederationConfig, out: Path, sites: Sequence[str] = (), address: str | None = None) -> Membership:
     """Make the coordinator's folder and a kit for each site; sign who they are.
 
-    Without `sites`, the names of [membership] are taken; who was revoked is left out. Raises ConfigError where
-    a name, the address, a declared number or a file that exists does not fit.
+    Without `sites`, the names of [membership] are taken, and where it has none those that were added; who was
+    revoked is left out. Raises ConfigError where a name, the address, a declared number or a file that exists does
+    not fit.
     """
     names = _names(config, sites)
     check_declared(config, names)
     before, after = begin(config, out, address)
-    for site in names:
+    for site in names or after.keys:
         if site not in after.gone and (site not in after.keys or (out / site).exists()):
             after = _join(config, out, after, site)
     return seal(config, out, before, after)
@@ -106,10 +107,8 @@ def lines(out: Path) -> list[str]:
 
 
 def _names(config: FederationConfig, sites: Sequence[str]) -> list[str]:
-    """Return the sites to make kits for, every name checked: they become folders."""
+    """Return the sites that are named, here or in the file, every name checked: they become folders."""
     names = list(dict.fromkeys(sites or config.membership.sites))
-    if not names:
-        raise ConfigError("no site is named; list them in the config's [membership] sites.")
     for name in map(keys.check_name, names):
         if config.membership.sites and name not in config.membership.sites:
             raise ConfigError(

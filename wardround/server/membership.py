@@ -140,7 +140,9 @@ def members_of(kit: Path, config: FederationConfig) -> Members:
             f"{getattr(signed.settings, key)}; sign the change with {remedy}."
         )
     if not signed.active:
-        raise ConfigError(f"{kit}: has no site's key; make kits with {remedy}.")
+        raise ConfigError(
+            f"{kit}: has no site's key; make each kit with 'wardround provision add SITE --out {kit.parent}'."
+        )
     return taken_over(signed)
 
 
