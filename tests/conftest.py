@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import os
 import subprocess
 import threading
 import time
@@ -176,3 +177,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a labelled folder of two sites."""
     return write_labelled(tmp_path_factory.mktemp("labelled"), {"lyon": 20, "oslo": 30})
+
+
+@contextlib.contextmanager
+def another_account(folder: Path) -> Iterator[None]:
+    """Be an account that may not read a folder of mode 0700."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    else:
+        folder.chmod(0)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        else:
+            folder.chmod(0o700)

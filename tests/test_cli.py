@@ -1,12 +1,13 @@
 """The command as a person meets it: wrong input is one line on stderr and exit 2."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, merged, to_toml, write_labelled
+from conftest import ROOT, TINY, another_account, merged, to_toml, write_labelled
 from warm import program
 
 from wardround import __version__
@@ -47,6 +48,21 @@ def test_check_prints_digest_sizes_and_that_there_is_no_privacy(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     for words in ("protocol digest", "parameters", "bytes a round and site", "memory", "may be able to reconstruct"):
         assert words in done.stdout
+
+
+def test_what_belongs_to_another_account_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "theirs"
+    home.mkdir(mode=0o700)
+    monkeypatch.setattr(sys, "argv", ["wardround", "status", str(home / "run")])
+    from wardround.cli import main
+
+    with another_account(home), pytest.raises(SystemExit) as end:
+        main()
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.count("\n") == 1
+    assert re.match(rf"error: {home}.*: Permission denied, for account \d+; take the account that owns it", told)
 
 
 def test_an_unknown_key(tmp_path: Path) -> None:

@@ -1,15 +1,13 @@
 """Who takes part: signed, in one file, by versions that only go up; keys that were taken back stay out."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, tiny, to_toml
+from conftest import ROOT, TINY, another_account, tiny, to_toml
 
 from wardround.cli.provisioning import provision_kits
 from wardround.config import FederationConfig, read_toml
@@ -209,23 +207,6 @@ def test_a_site_without_declared_patients_does_not_join_a_private_federation(tmp
     assert not (tmp_path / "oslo").exists()
     provision(private({"lyon": 100, "oslo": 50}), tmp_path, ["oslo"])
     assert sorted(read_membership(tmp_path / "coordinator").active) == ["lyon", "oslo"]
-
-
-@contextmanager
-def another_account(folder: Path) -> Iterator[None]:
-    """Be an account that may not read a folder of mode 0700."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    else:
-        folder.chmod(0)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-        else:
-            folder.chmod(0o700)
 
 
 def test_an_account_that_may_not_read_the_coordinators_folder_is_told_in_one_line(kits: Path) -> None:

@@ -3,6 +3,7 @@
 A command reads the files that a person wrote before it imports torch: a slip is told at once.
 """
 
+import os
 import sys
 from typing import Annotated
 
@@ -72,6 +73,15 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except PermissionError as error:  # of another account's files, as after a container's `chown`
+        if "--debug" in sys.argv or error.filename is None:
+            raise
+        typer.echo(
+            f"error: {error.filename}: {error.strerror}, for account {os.geteuid()}; take the account that owns it, or "
+            "change its owner.",
+            err=True,
+        )
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == 130:  # what typer makes of Ctrl-C
