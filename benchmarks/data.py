@@ -11,7 +11,7 @@ the same files to the same 64 x 64 bytes, the arms taking turns in each repeat, 
     pydicom    dcmread + pixel_array + apply_modality_lut + apply_voi_lut, scaled, then Pillow's resize
 
 `warm` is open_site again, with nothing new. `cache` gathers random batches of 64 from the mapped rows and
-turns them into float32. `training` is a step of the ViT-Tiny MAE of federation_configs/demo.toml on such a batch.
+turns them into float32. `training` is a step of the ViT-Tiny MAE of wardround/demo.toml on such a batch.
 Ratios are taken within a repeat: their median and range are printed.
 """
 
@@ -89,7 +89,7 @@ def from_dicom(folder: Path, site: str, repeats: int) -> dict[str, object]:
 def from_cache(found: SiteImages, repeats: int) -> dict[str, object]:
     """Return the images a second that the mapped rows give and that training takes, and their ratio."""
     draw = np.random.default_rng(0)
-    recipe = read_toml(ROOT / "federation_configs" / "demo.toml", FederationConfig)
+    recipe = read_toml(ROOT / "wardround" / "demo.toml", FederationConfig)
     method = build(recipe)
     engine = Plain(method, found.images, recipe, "benchmark")
     pretrain(method, engine, 0, 1, {}, "warming up")

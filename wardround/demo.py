@@ -16,8 +16,7 @@ from wardround.report.tables import index_table, left_out_lines, rounds_table, t
 from wardround.server.run_folder import RunFolder
 from wardround.simulate import index_sites, simulate
 
-PACKAGED = Path(__file__).with_name("demo.toml")  # of a wheel; in a checkout it stands with the others
-CONFIG = PACKAGED if PACKAGED.exists() else Path(__file__).parents[1] / "federation_configs" / "demo.toml"
+CONFIG = Path(__file__).with_name("demo.toml")  # in the package, so that an installed wheel has it
 HELD_OUT_SEED = 20_260_101  # phantoms of patients that no hospital has
 
 
