@@ -200,7 +200,6 @@ def test_what_a_rule_let_run_is_taken_back_by_the_same_command(tmp_path: Path) -
     agreed_protocol(found, task())
     assert approve(tmp_path, PLAN.digest[:8], "--withdraw").exit_code == 0
     assert "taken back" in refused(found)
-    site(tmp_path, approve={**RULE, "rounds": 1})
     agreed_protocol(site(tmp_path, approve=RULE), task(protocol(seed=9)))
     with pytest.raises(ConfigError, match="is approved here"):  # the rule would not let it run any more
         approval.withdraw(site(tmp_path, approve={**RULE, "rounds": 1}), protocol(seed=9).digest())

@@ -1,4 +1,4 @@
-"""Maximum pooling as torch computes it where channels lie side by side: the same bits, three times as fast.
+"""Maximum pooling as torch computes it where channels lie side by side: the same bits, two to three times as fast.
 
 torch's kernel for the usual layout goes position by position; the one for channels last takes the channels of a
 position at once. Both take the first of equal values. The way back is the usual layout's, which is the faster one.
