@@ -175,7 +175,8 @@ def arms(base: dict[str, Any], dealt: Path, one: Path, quick: bool) -> Iterator[
         if (quick and arm not in QUICK) or method not in ONLY.get(arm, (method,)):
             continue
         if arm == "patient-level DP":
-            changes = changes | {"membership": {"units": patients(dealt)}, "training": private(base["training"])}
+            units = patients(dealt)
+            changes = changes | {"membership": {"units": units}, "training": private(base["training"], units)}
         yield arm, parse(merged(base, changes), FederationConfig, base["name"]), dealt
     by_size = [site for site, _ in images(dealt).most_common()]
     for schedule, how in ((together, "alone"), (single, "in the same time")):
@@ -197,9 +198,12 @@ def longer(training: dict[str, Any], times: int) -> dict[str, int]:
     return {"local_steps": training["local_steps"] * times, "warmup_steps": training.get("warmup_steps", 0) * times}
 
 
-def private(training: dict[str, Any]) -> dict[str, float]:
-    """Return the schedule under DP: as many images a step, eight of each patient, at a rate for clipped gradients."""
-    return {"batch_size": max(2, training["batch_size"] // 8), "learning_rate": 1e-4}
+def private(training: dict[str, Any], units: dict[str, int]) -> dict[str, float]:
+    """Return the schedule under DP: as many images a step, eight of each patient, at a rate for clipped gradients.
+
+    No site is asked for more patients a step than it has.
+    """
+    return {"batch_size": max(2, min(training["batch_size"] // 8, *units.values())), "learning_rate": 1e-4}
 
 
 def rows(data: Path) -> list[dict[str, str]]:

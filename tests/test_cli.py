@@ -96,7 +96,7 @@ def test_an_empty_site_folder_and_one_without_a_readable_image_name_the_site(tmp
     assert "site 'oslo'" in error_of(simulate(tmp_path, tmp_path / "data"))
 
 
-def test_a_site_with_another_channel_count_is_refused_and_converted_only_when_asked(tmp_path: Path) -> None:
+def test_a_site_of_another_channel_count_alone_has_no_image_and_is_converted_only_when_asked(tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data", {"lyon": 20}, channels=3)
     line = error_of(simulate(tmp_path, data))
     assert "site 'lyon'" in line and "3 channels" in line

@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT, tiny, to_toml
 from warm import program
 
-from wardround.client.charge import charge, ledger_of, recover
+from wardround.client.charge import charge, ledger_of, opened, recover
 from wardround.config import Protocol, SiteConfig, read_site
+from wardround.config.site import CoordinatorConfig
 from wardround.errors import BudgetExhausted, ConfigError, PolicyRefusal
 from wardround.privacy.accounting import epsilon, rounds_left
 from wardround.update import Declared, Task
@@ -133,6 +134,43 @@ def test_a_ledger_put_back_stops_recovers_and_goes_on(tmp_path: Path) -> None:
     assert charge(own, protocol(), task(4, seen)).ledger.startswith("5:")
     again = wardround("site", "ledger", "recover", tmp_path / "site.toml")
     assert "nothing is charged" in again.stdout
+
+
+def test_two_federations_that_share_a_ledger_have_one_ceiling(tmp_path: Path) -> None:
+    """A hospital has a kit and a work folder for each."""
+    kits = [site(tmp_path / name, epsilon=2.0, ledger="../ledger.db") for name in ("one", "other")]
+    a_round = charge(kits[0], protocol(seed=4), task()).mechanism
+    fits = rounds_left([a_round], a_round, 2.0, 1e-5)
+    for number in range(fits):
+        charge(kits[1], protocol(), task(number + 1))
+    for kit in kits:
+        with pytest.raises(BudgetExhausted, match="ceiling 2 is spent"):
+            charge(kit, protocol(seed=5), task())
+    shown = wardround("site", "ledger", tmp_path / "one" / "site.toml")
+    assert f"The chain of {1 + fits} rows is whole." in shown.stdout and not (tmp_path / "one" / "work").exists()
+
+
+def test_a_head_that_the_sites_key_did_not_seal_stops_nothing_and_costs_nothing(tmp_path: Path) -> None:
+    """Whoever names heads could else stop every private round here, and have the recovery charge what never was."""
+    key = tmp_path / "site.key"
+    key.write_text("the site's own")
+    other = tmp_path / "public"
+    known = CoordinatorConfig(address="c:1", ca_certificate=other, private_key=key, signing_key=other)
+    own = site(tmp_path).model_copy(update={"coordinator": known})
+    seen = charge(own, protocol(), task()).ledger
+    assert Declared(3, "0.1.0", units=4, epsilon=1.0, ledger=seen).ledger == seen, "it may leave"
+    assert seen.startswith(ledger_of(own).head()) and opened(own, seen) == ledger_of(own).head()
+    for false in (f"999999999:{'0' * 64}", f"500:{'0' * 96}", f"2:{seen[2:]}", seen[:-1] + "x", ledger_of(own).head()):
+        assert opened(own, false) == ""
+        seen = charge(own, protocol(), task(2, false)).ledger
+    assert ledger_of(own).gaps() == [] and recover(own) == []
+    (own.work / "ledger.db").unlink()
+    with pytest.raises(PolicyRefusal, match="ledger recover"):
+        charge(own, protocol(), task(3, seen))
+    (row,) = recover(own)
+    assert row.count == 6
+    key.write_text("a new one")  # after the old was lost: what the coordinator has seen is passed over, once
+    assert charge(own, protocol(), task(4, seen)).ledger.startswith("8:")
 
 
 def test_a_recovery_needs_the_sites_terms(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from wardround.config import FederationConfig, SiteConfig, Strict, parse, read_s
 from wardround.config.strict import models_in
 from wardround.errors import ConfigError
 
+IMAGE = {"unit": "image", "epsilon": 8.0, "delta": 1e-5}
+
 
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -42,7 +44,12 @@ from wardround.errors import ConfigError
         ),
         ({"privacy": {"unit": "patient"}}, "[privacy] the key 'epsilon' is missing; add it"),
         ({"privacy": {"unit": "patients"}}, "[privacy] unit = 'patients': did you mean 'patient'?"),
-        ({"privacy": {"unit": "image", "epsilon": 8.0, "delta": 1e-5, "cilp": 1.0}}, "[privacy] unknown key 'cilp'"),
+        ({"privacy": {**IMAGE, "cilp": 1.0}}, "[privacy] unknown key 'cilp'"),
+        (
+            {"privacy": IMAGE, "data": {"criteria": {"max_images_per_patient": 3}}},
+            "[the file] [data] criteria.max_images_per_patient makes one image decide which others are taken",
+        ),
+        ({"privacy": IMAGE, "data": {"slice_stride": 2}}, "[the file] [data] slice_stride makes one image decide"),
         (
             {"membership": {"sites": {"../x": 1.0}}},
             '[membership.sites.../x] [key] = "../x": string should match pattern',

@@ -29,6 +29,7 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeResponse,
     DeactivateNodeResponse,
     PullMessagesResponse,
+    PushMessagesRequest,
     PushMessagesResponse,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
@@ -121,12 +122,13 @@ class Scripted:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.said: dict[str, bytes] = {}  # the newest of each
         self.stamps: list[float] = []
         self.script: dict[str, list[Response]] = {}
 
     async def answer(self, request: Request) -> Response:
-        await request.body()
         name = request.url.path.rpartition("/")[2]
+        self.said[name] = await request.body()
         self.asked.append(name)
         self.stamps.append(datetime.fromisoformat(request.headers[TIMESTAMP_HEADER]).timestamp())
         return (self.script.get(name) or [said(DEFAULTS[name])]).pop(0)
@@ -201,7 +203,7 @@ def test_a_clock_that_is_wrong_is_set_by_the_refusal_and_the_call_is_repeated(ki
         assert made.node == 7
         answer = reply()
         created, over = answer.metadata.created_at, answer.metadata.created_at + answer.metadata.ttl
-        made.answer(answer, 1.0)
+        made.answer(answer)
     assert fleet.asked[:2] == ["activate-node", "activate-node"]
     assert fleet.stamps[0] - fleet.stamps[1] == pytest.approx(hour, abs=3)
     assert created - answer.metadata.created_at == pytest.approx(hour, abs=3)
@@ -277,10 +279,13 @@ def test_of_an_answer_that_broke_off_the_rest_is_sent(kits: Path) -> None:
     fleet.script["push-messages"] = [said(lacking), said(lacking)]
     fleet.script["push-object"] = [said(PushObjectResponse(stored=False)), said(PushObjectResponse(stored=True))]
     with to(fleet, kits) as made:
-        assert made.answer(answer, 1.0)
+        assert made.answer(answer)
     assert [name for name in fleet.asked if name.startswith("push")] == ["push-messages", "push-object"] * 2
 
 
 def test_an_answer_that_nobody_waits_for_is_said_to_be_so(kits: Path) -> None:
-    with to(Scripted(), kits) as made:
-        assert not made.answer(reply(), 1.0)
+    fleet = Scripted()
+    with to(fleet, kits) as made:
+        assert not made.answer(reply())
+    asked = PushMessagesRequest.FromString(fleet.said["push-messages"])
+    assert list(asked.clientapp_runtime_list) == [0.0], "how long a site trains tells of its images"

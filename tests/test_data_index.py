@@ -261,20 +261,26 @@ def test_a_folder_without_a_readable_image_says_why(tmp_path: Path) -> None:
     )
 
 
-def test_another_number_of_channels_is_refused_unless_the_federation_converts(tmp_path: Path) -> None:
+def test_another_number_of_channels_is_left_out_and_counted_unless_the_federation_converts(tmp_path: Path) -> None:
+    """One patient's colour picture among grey ones may not decide whether the site answers."""
     folder = tmp_path / "images"
     write_dicom(folder / "grey.dcm", some_pixels(1))
     Image.fromarray(some_pixels(2, (20, 20, 3))).save(folder / "colour.png")
-    assert problem(folder, tmp_path / "work") == (
-        "site 'lyon': 1 of 2 images have 3 channels, the federation's [data] channels is 1; move them out of the "
-        "images folder, or agree on convert_channels."
-    )
-    colour = DataConfig(image_size=16, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3)
-    assert "1 of 2 images have 1 channel, the federation's [data] channels is 3" in problem(
-        folder, tmp_path / "work", colour
-    )
+    grey = DataConfig(image_size=16, criteria=CriteriaConfig(min_side=1))
+    found = open_site(site_over(folder, tmp_path / "work"), grey)
+    assert found.images.shape == (1, 1, 16, 16)
+    assert found.index.excluded == {"3 channels, without convert_channels": 1}
+    colour = grey.model_copy(update={"channels": 3, "mean": (0.5,) * 3, "std": (0.2,) * 3})
+    assert open_site(site_over(folder, tmp_path / "work"), colour).index.excluded == {
+        "1 channel, without convert_channels": 1
+    }
     converted = open_site(site_over(folder, tmp_path / "work"), colour.model_copy(update={"convert_channels": True}))
     assert converted.images.shape == (2, 3, 16, 16)
+    (folder / "grey.dcm").unlink()
+    assert problem(folder, tmp_path / "work") == (
+        "site 'lyon': no image among 1 files: 1 excluded (3 channels, without convert_channels); all were excluded. "
+        "Set [images] folder, or mend these files."
+    )
 
 
 def test_a_work_folder_inside_the_images_is_refused(tmp_path: Path) -> None:

@@ -84,7 +84,13 @@ def test_only_the_gate_is_published_and_mlflow_and_its_database_have_no_way_out(
 def test_a_site_writes_to_its_work_folder_alone(kits: Path) -> None:
     for service in services(kits / "lyon" / "compose.yaml").values():
         mounts = {mount["target"]: mount.get("read_only", False) for mount in service["volumes"]}
-        assert mounts == {"/site": True, "/site/work": False, "/data/images": True, "/data/labelled": True}
+        assert mounts == {
+            "/site": True,
+            "/site/work": False,
+            "/ledger": False,
+            "/data/images": True,
+            "/data/labelled": True,
+        }
 
 
 @pytest.mark.parametrize(("given", "mounted"), [({}, "/dev/null"), ({"LABELLED": "/lent"}, "/lent")])
@@ -105,9 +111,11 @@ def test_what_the_site_is_told_to_write_into_its_env_file_mounts_what_its_site_t
     readme, toml = ((kits / "lyon" / name).read_text() for name in ("README.md", "site.toml"))
     told = set(re.findall(r"^    echo \"(\w+)=", readme, flags=re.MULTILINE))
     assert told == {"IMAGES", "LABELLED"}
+    assert "`LEDGER=" in readme
     (service, *_) = services(kits / "lyon" / "compose.yaml").values()
     targets = {mount["target"] for mount in service["volumes"]}
-    assert set(re.findall(r'folder = "(/data/\w+)"', toml)) <= targets
+    assert {"/ledger", *re.findall(r'folder = "(/data/\w+)"', toml)} <= targets
+    assert '# ledger = "/ledger/' in toml
 
 
 def test_the_kits_container_is_of_the_version_that_made_the_kit_and_is_covered_by_its_checksums(kits: Path) -> None:

@@ -180,6 +180,22 @@ def test_what_is_beyond_a_rule_by_one_key_waits_for_a_person(changes: dict[str, 
     assert approval.waiting(found) == [asked]
 
 
+def test_the_rule_is_a_total_where_no_ledger_counts(tmp_path: Path) -> None:
+    """A whole site's epsilon is in no ledger, and another seed makes another protocol."""
+    found = site(tmp_path, approve={**RULE, "units": ["site"]})
+    noised = {"unit": "site", "epsilon": 0.9, "delta": 1e-6, "clip": 1.0, "cohort": 10, "noise": "site"}
+
+    def asked(seed: int, **changes: Any) -> Protocol:
+        return protocol(privacy={**noised, **changes}, aggregation={"weights": "uniform"}, seed=seed)
+
+    for seed in (1, 2):
+        agreed_protocol(found, task(asked(seed)))
+    assert "epsilon = 0.9, beside 1.8 of federations that it let run before" in refused(found, asked(3))
+    agreed_protocol(found, task(asked(1)))  # those that run go on
+    assert "delta = 9e-06, beside 2e-06" in refused(found, asked(3, epsilon=0.1, delta=9e-6))
+    assert "noise = 'server'" in refused(found, asked(3, noise="server"))
+
+
 def test_a_rule_without_noise_must_say_so(tmp_path: Path) -> None:
     found = site(tmp_path, approve={**RULE, "units": ["patient"]})
     assert "[privacy] unit = 'none'" in refused(found)

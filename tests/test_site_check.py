@@ -24,7 +24,7 @@ from warm import program
 from wardround.cli import cli
 from wardround.client import check as checks
 from wardround.client.audit import AuditLog, Crossing
-from wardround.client.charge import charge
+from wardround.client.charge import charge, sealed
 from wardround.client.check import Finding, check, worst
 from wardround.client.reach import daily, ending, ends, reach
 from wardround.config import FederationConfig, read_site
@@ -241,7 +241,8 @@ def test_a_ledger_that_lacks_what_left_is_a_problem(kits: Path) -> None:
     config, path = tiny(**PRIVATE), kits / "lyon" / "site.toml"
     path.write_text(path.read_text() + "\n[privacy]\nepsilon = 8.0\ndelta = 1e-5\nunits = 4\n")
     with pytest.raises(Exception, match="older than what left"):
-        charge(read_site(path), resolve(config).protocol, Task(1, "", 0, b"", f"3:{'a' * 64}"))
+        seen = sealed(read_site(path), f"3:{'a' * 64}")
+        charge(read_site(path), resolve(config).protocol, Task(1, "", 0, b"", seen))
     found = checked(kits, config)["ledger"]
     assert (found.severity, found.remedy) == ("problem", "wardround site ledger recover SITE_TOML")
 

@@ -56,7 +56,7 @@ def test_noise_is_refused(block: bytes) -> None:
         ("loss", float("inf")),
         ("loss", -float("inf")),
         ("seconds", -0.5),
-        ("version", "x" * 101),
+        ("version", "x" * 121),
         ("steps", 1.5),
         ("epsilon", -1.0),
         ("ledger", "7:short"),

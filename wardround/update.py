@@ -33,7 +33,7 @@ Layout = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype)
 META = "wardround"  # the one metadata key: safetensors writes several in no fixed order
 
 
-_HEAD = re.compile(r"[0-9]{1,9}:[0-9a-f]{64}")
+_HEAD = re.compile(r"[0-9]{1,9}:[0-9a-f]{64}([0-9a-f]{32})?")  # the ledger's with a seal of the site's
 DRIFT = ("none", "some", "strong")  # how far images that came later are from those that a site began with
 _KINDS: dict[Any, str] = {int: "a whole number from 0", float: "a finite number from 0", str: "a short text"}
 
@@ -60,7 +60,7 @@ class Declared:
     drift: str | None = None  # one of DRIFT
     units: int | None = None  # with a privacy unit at the site: the declared number of them
     epsilon: float | None = None  # spent in this federation so far, of the federation's unit, at its delta
-    ledger: str | None = None  # length and head of the site's ledger, LENGTH:HASH
+    ledger: str | None = None  # length and head of the site's ledger, LENGTH:HASH, sealed by the site
     audit: str | None = None  # of its audit log, with this round's task; of what is in it, it tells nothing
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class Declared:
             least, expected = 0.0, _KINDS[kind]
             if field.name in ("loss", "loss_first"):
                 least, expected = -math.inf, "a finite number"
-            is_text = isinstance(value, str) and len(value) <= 100 and value.isprintable()
+            is_text = isinstance(value, str) and len(value) <= 120 and value.isprintable()
             if not (is_text if kind is str else _is_measure(value, kind, least)):
                 raise UpdateError(f"declared field '{field.name}' is {str(value)[:40]!r}, expected {expected}.")
         for name in ("ledger", "audit"):

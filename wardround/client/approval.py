@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from wardround.config import FederationConfig, Protocol, SiteConfig, Strict, named, parse, read_toml
+from wardround.config.privacy import SitePrivacyConfig
 from wardround.config.site import ApproveConfig
 from wardround.errors import ConfigError, WardroundError
 from wardround.plan import resolve
@@ -49,7 +50,7 @@ def unapproved(site: SiteConfig, protocol: Protocol) -> str | None:
         return None
     if site.approve is None:
         return "is not approved here"
-    beyond = _beyond(site.approve, protocol)
+    beyond = _beyond(site.approve, protocol) or _beside(site.approve, protocol, heard)
     return beyond and f"is not approved here, and lies beyond [approve] in site.toml by its {beyond}"
 
 
@@ -75,6 +76,26 @@ def _beyond(rule: ApproveConfig, protocol: Protocol) -> str | None:
     if privacy.epsilon > rule.epsilon:
         return f"[privacy] epsilon = {privacy.epsilon}"
     return f"[privacy] delta = {privacy.delta}" if privacy.delta > rule.delta else None
+
+
+def _beside(rule: ApproveConfig, protocol: Protocol, heard: Sequence[Word]) -> str | None:
+    """Return by what a site unit's protocol is too much beside those that the rule let run before, or None.
+
+    No ledger counts a site's unit, and another seed is another protocol. Epsilons and deltas add up (Dwork and Roth
+    2014, theorem 3.16).
+    """
+    if not isinstance(protocol.privacy, SitePrivacyConfig):
+        return None
+    if protocol.privacy.noise == "server":
+        return "[privacy] noise = 'server': the coordinator would get updates without noise"
+    ran = {word.digest: word.protocol["privacy"] for word in heard if word.said == "by rule" and word.protocol}
+    earlier = [privacy for digest, privacy in ran.items() if privacy["unit"] == "site" and digest != protocol.digest()]
+    assert rule.epsilon is not None, "the rule has been checked"
+    for name, ceiling in (("epsilon", rule.epsilon), ("delta", rule.delta)):
+        before, here = sum(privacy[name] for privacy in earlier), getattr(protocol.privacy, name)
+        if before + here > ceiling:
+            return f"[privacy] {name} = {here}, beside {before:g} of federations that it let run before"
+    return None
 
 
 def approve(site: SiteConfig, protocol: Protocol, who: str | None = None) -> None:

@@ -1,5 +1,8 @@
 """Before a private round trains: the site's own terms, what its coordinator has seen, and the ledger."""
 
+import hashlib
+import hmac
+import logging
 from dataclasses import dataclass
 
 from wardround.config import Protocol, SiteConfig
@@ -10,6 +13,9 @@ from wardround.privacy.accounting import Mechanism, epsilon, mechanism
 from wardround.privacy.ledger import Intent, Ledger, Row
 from wardround.update import Task
 
+log = logging.getLogger(__name__)
+_SEAL = 32  # hexadecimal digits, 128 bits
+
 
 @dataclass(frozen=True)
 class Charged:
@@ -18,12 +24,13 @@ class Charged:
     mechanism: Mechanism  # rate, noise and steps to train with
     units: int  # the site's declared number of patients, or images
     epsilon: float  # spent in this federation so far, this round included, at the federation's delta
-    ledger: str  # the ledger's head after it, LENGTH:HASH
+    ledger: str  # the ledger's head after it, LENGTH:HASH, sealed
 
 
 def ledger_of(site: SiteConfig) -> Ledger:
-    """Return a site's ledger."""
-    return Ledger(site.work / "ledger.db")
+    """Return a site's ledger: by default its own, or one that it shares with the hospital's other federations."""
+    shared = site.privacy.ledger if site.privacy is not None else None
+    return Ledger(shared or site.work / "ledger.db")
 
 
 def recover(site: SiteConfig) -> list[Row]:
@@ -35,6 +42,9 @@ def recover(site: SiteConfig) -> list[Row]:
 
 def charge(site: SiteConfig, protocol: Protocol, task: Task) -> Charged:
     """Charge the ledger for one training of a task's round: on disk when this returns, and never taken back.
+
+    A head that the coordinator names counts where this site's key has sealed it: a made-up one would stop every
+    private round here, and be charged for when the ledger is recovered.
 
     Raises PolicyRefusal where site.toml sets no terms, the batch is larger than the site, or the ledger
     lacks what the coordinator has seen of it, and BudgetExhausted as `Ledger.charge` does. Only for protocols
@@ -53,10 +63,35 @@ def charge(site: SiteConfig, protocol: Protocol, task: Task) -> Charged:
     except ConfigError as error:
         raise PolicyRefusal(str(error)) from error
     digest, ledger = protocol.digest(), ledger_of(site)
-    intent = Intent(protocol.name, digest, task.round, privacy.unit, privacy.clip, a_round, task.ledger)
+    intent = Intent(protocol.name, digest, task.round, privacy.unit, privacy.clip, a_round, opened(site, task.ledger))
     head = ledger.charge(intent, terms.epsilon, terms.delta)
     spent = [row.mechanism for row in ledger.rows() if row.intent.protocol == digest]
-    return Charged(a_round, units, epsilon(spent, privacy.delta), head)
+    return Charged(a_round, units, epsilon(spent, privacy.delta), sealed(site, head))
+
+
+def sealed(site: SiteConfig, head: str) -> str:
+    """Return a head with what only this site's key can have made of it; bare where all sites run in one process."""
+    if site.coordinator is None:
+        return head
+    key = site.coordinator.private_key.read_bytes()
+    return head + hmac.new(key, b"wardround ledger " + head.encode(), hashlib.sha256).hexdigest()[:_SEAL]
+
+
+def opened(site: SiteConfig, told: str) -> str:
+    """Return the head in what a coordinator has seen; empty where this site's key did not seal it, as after a new one.
+
+    No refusal: a coordinator that names none is believed, too, so that nothing is gained by a false one.
+    """
+    head = told if site.coordinator is None else told[:-_SEAL]
+    if hmac.compare_digest(sealed(site, head).encode(), told.encode()):
+        return head
+    if told:
+        log.warning(
+            "site '%s': the coordinator names a head of the privacy ledger that this site's key did not seal; it is "
+            "passed over. Once after a new key is normal.",
+            site.name,
+        )
+    return ""
 
 
 def _terms(site: SiteConfig, unit: str) -> tuple[SitePrivacy, int]:

@@ -58,10 +58,8 @@ def _answer_while_open(site: SiteConfig, path: Path, connection: SiteConnection)
             continue
         before, first = 0.0 if first else time.monotonic() - last, False  # at first others were waited for
         print(f"round {ascii(message.metadata.group_id)[1:-1]}", flush=True)  # on one line, whatever it is
-        started = time.monotonic()
         context = Context(message.metadata.run_id, connection.node, {"site-config": str(path)}, RecordDict(), {})
-        reply = app(message, context)
-        sent = connection.answer(reply, time.monotonic() - started)
+        sent = connection.answer(app(message, context))
         last_of = ", of the last round" if is_last_round(message.content) else ""
         print(f"answer sent{last_of}" if sent else "answer not wanted any more", flush=True)
         last = time.monotonic()

@@ -83,7 +83,9 @@ class DataConfig(Strict):
     cubes_per_volume: int = Field(default=1, ge=1, le=1000, description="3: how many cubes a volume gives.")
     channels: Literal[1, 3] = Field(default=1, description="Channels of an image: 1 grey, 3 colour.")
     convert_channels: bool = Field(
-        default=False, description="Convert grey to colour and back; without it another channel count is refused."
+        default=False,
+        description="Convert grey to colour and back; without it images of another channel count are left out, and "
+        "counted.",
     )
     mean: tuple[float, ...] = Field(
         default=(0.5,), description="A channel's mean on [0, 1]: declared, never measured at a site."
@@ -242,6 +244,22 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _the_correction_fits(self) -> Self:
         refuse_unfit(self.training.correction, self.method, self.aggregation, self.privacy, self.encoding)
+        return self
+
+    @model_validator(mode="after")
+    def _images_as_units_stand_alone(self) -> Self:
+        """Refuse what makes one image decide about another: adding it would then change two units, and so epsilon."""
+        keys = {
+            "criteria.max_images_per_patient": self.data.criteria.max_images_per_patient is not None,
+            "cubes_per_volume": self.data.cubes_per_volume != 1,
+            "slice_stride": self.data.slice_stride != 1,
+        }
+        if self.privacy.unit == "image" and any(keys.values()):
+            name = next(name for name, is_set in keys.items() if is_set)
+            raise ValueError(
+                f"[data] {name} makes one image decide which others are taken, or several of one, and [privacy] unit = "
+                "'image' promises that one changes one; remove it, or set unit = 'patient'"
+            )
         return self
 
     @model_validator(mode="after")

@@ -111,7 +111,7 @@ class CoordinatorConfig(Strict):
 
 
 class SitePrivacy(Strict):
-    """What a site allows to be spent of its patients' privacy, over all federations."""
+    """What a site allows to be spent of its patients' privacy, over all federations that share its ledger."""
 
     epsilon: Epsilon = Field(description="The ceiling: no round starts that would take the ledger past it.")
     delta: Delta = Field(description="The delta at which the ledger is read; one for all federations.")
@@ -120,6 +120,11 @@ class SitePrivacy(Strict):
         ge=1,
         description="The declared number of patients (or images, where they are the unit): a round number that may be "
         "known, below the true one. It sets how often a patient is drawn.",
+    )
+    ledger: Path | None = Field(
+        default=None,
+        description="The ledger's file, where the hospital takes part in several federations: all their site.toml name "
+        "the same, else each counts alone. Unset: ledger.db in work.",
     )
 
 
@@ -132,9 +137,11 @@ class ApproveConfig(Strict):
     )
     rounds: int = Field(ge=1, le=100_000, description="Most rounds of a federation.")
     epsilon: Epsilon | None = Field(
-        default=None, description="The largest epsilon of a federation, over all its rounds; needed with any unit."
+        default=None,
+        description="The largest epsilon of a federation, over all its rounds; needed with any unit. With unit site, "
+        "which no ledger counts: of all federations that run by this rule.",
     )
-    delta: Delta = Field(default=1e-5, description="The largest delta at which that epsilon is promised.")
+    delta: Delta = Field(default=1e-5, description="The largest delta at which that epsilon is promised, likewise.")
 
     @model_validator(mode="after")
     def _a_unit_has_a_ceiling(self) -> Self:
@@ -247,6 +254,8 @@ def read_site(path: Path) -> SiteConfig:
         }
     )
     changes: dict[str, object] = {"images": images, "work": home / site.work}
+    if site.privacy is not None and site.privacy.ledger is not None:
+        changes["privacy"] = site.privacy.model_copy(update={"ledger": home / site.privacy.ledger})
     if (known := site.coordinator) is not None:
         paths = {"ca_certificate": home / known.ca_certificate, "private_key": home / known.private_key}
         paths["signing_key"] = home / known.signing_key

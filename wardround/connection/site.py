@@ -110,7 +110,7 @@ class SiteConnection:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run, self.node, 1
         return whole
 
-    def answer(self, reply: Message, seconds: float) -> bool:
+    def answer(self, reply: Message) -> bool:
         """Send a reply; return whether it was taken. What is not, as its run is over, the next asking replays.
 
         Raises ConnectionRefusedError where the coordinator does not know this site.
@@ -123,7 +123,7 @@ class SiteConnection:
                 node=self._me,
                 messages_list=[message_to_proto(remove_content_from_message(reply))],
                 message_object_trees=[get_object_tree(reply)],
-                clientapp_runtime_list=[seconds],
+                clientapp_runtime_list=[0.0],  # how long it trained tells of its images; see `Declared`
             )
             push = partial(self._patiently, self._client.PushObject)
             try:

@@ -64,7 +64,7 @@ def open_site(site: SiteConfig, data: DataConfig) -> SiteImages:
     """Return a site's images; decodes only what no earlier call decoded with the same settings.
 
     Samples are in the order of their file's SHA-256, then of their frame. Raises DataError where no
-    image is left, or where images have another number of channels than the federation's.
+    image is left.
     """
     try:
         listed = list_files(site, data.criteria)
@@ -75,7 +75,6 @@ def open_site(site: SiteConfig, data: DataConfig) -> SiteImages:
             units = _units(contents, cache, data)
             while True:
                 selection = select(units, cache.entries, data, salt, opt_outs)
-                _refuse_other_channels(site.name, selection, cache, data)
                 lacking = sorted({sample[0] for sample in selection.order if not cache.has(sample)})
                 if not lacking:
                     break
@@ -211,18 +210,6 @@ def _rows(key: str, paths: Sequence[Path], numbers: Sequence[int], data: DataCon
     (path,) = paths
     frames = read_frames(path, numbers, data.window)
     return np.stack([to_square(frame, data.image_size, data.channels) for frame in frames])
-
-
-def _refuse_other_channels(who: str, selection: Selection, cache: Cache, data: DataConfig) -> None:
-    """Raise DataError where images have another number of channels and the federation does not convert."""
-    counts = [cache.entries[key].channels for key, _ in selection.order]
-    others = [count for count in counts if count != data.channels]
-    if others and not data.convert_channels:
-        plural = "s" if others[0] > 1 else ""
-        raise DataError(
-            f"site '{who}': {len(others)} of {len(counts)} images have {others[0]} channel{plural}, the federation's "
-            f"[data] channels is {data.channels}; move them out of the images folder, or agree on convert_channels."
-        )
 
 
 def _index(files: int, selection: Selection, unopened: Sequence[tuple[str, str]]) -> Index:

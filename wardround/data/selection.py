@@ -64,8 +64,8 @@ def select(
             result.opted_out += len(contents)
         elif entry.reason:
             result.quarantined += [(files[0].name, entry.reason) for files in contents]
-        elif entry.excluded:
-            result.excluded[entry.excluded] += len(contents)
+        elif unfit := entry.excluded or _other_channels(entry, data):
+            result.excluded[unfit] += len(contents)
         else:
             result.read += len(contents)
             # Without any name a file is a patient of its own.
@@ -81,6 +81,16 @@ def select(
                 result.named.append(bool(owners[key]))
             result.modalities[entry.modality or "not stated"] += len(frames)
     return result
+
+
+def _other_channels(entry: Entry, data: DataConfig) -> str:
+    """Return how a file's channels differ from the federation's, as it is counted; "" where they do not, or may.
+
+    Left out and not refused: one patient's picture would else decide whether the site answers, which is seen outside.
+    """
+    if entry.channels == data.channels or data.convert_channels:
+        return ""
+    return f"{entry.channels} channel{'s' if entry.channels > 1 else ''}, without convert_channels"
 
 
 def _owners(contents: Sequence[Sequence[Listed]], entry: Entry, salt: bytes) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a site has spent of its patients' privacy, over all federations: a ledger that only grows.
+"""What a site has spent of its patients' privacy, over all federations that share it: a ledger that only grows.
 
 A row is an intent: what a round is about to release. It is on disk before the first noised step, and
 nothing takes it back, whatever becomes of the round; a round trained again is charged again. Rows

@@ -41,7 +41,7 @@ def ledger_lines(rows: Sequence[Row], gaps: Sequence[Intent], site: SiteConfig) 
         *lacking,
         f"The chain of {len(rows)} rows is whole.",
         f"Spent: epsilon = {upward(epsilon(spent, delta))} at delta = {delta:g}, add/remove one {last.unit}, "
-        "over all federations.",
+        "over all federations in this ledger.",
     ]
     if site.privacy is None:
         return [*lines, "No ceiling: site.toml has no [privacy] section, and no private round is trained."]
