@@ -294,3 +294,7 @@ class Refusal:
 
     code: str  # policy, budget, images, training, failed, silent, invalid, version, state
     text: str  # no path, patient id or tag value
+
+    def shown(self) -> "Refusal":
+        """Return it as it may be kept and printed: of any words, one bounded line each that moves no cursor."""
+        return Refusal(printable(self.code[:20]), printable(self.text[:500]))

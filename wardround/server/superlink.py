@@ -36,6 +36,7 @@ from wardround.server.membership import Members, members_of, read_members
 from wardround.server.registration import CONNECTION, admit, flwr, forget, is_registered
 from wardround.server.run_folder import RunFolder, create, open_run, reread
 from wardround.signatures import untrusted
+from wardround.update import printable
 
 _STARTUP = 120.0  # seconds; a cold start on a slow disk takes about ten
 _POLL = 0.2  # seconds
@@ -164,7 +165,7 @@ class Link:
             log = self.logs / "superlink.log"
             last = " / ".join([line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:])
             plain = re.sub(r"\x1b\[\d+m", "", last)[-300:]
-            raise Died(f"Flower's SuperLink ended with {code}: {plain.strip('. ')}. See {log}.")
+            raise Died(f"Flower's SuperLink ended with {code}: {printable(plain).strip('. ')}. See {log}.")
 
     def checked(self, call: Callable[..., Answer], *arguments: Any) -> Answer:
         """Return what one of registration.py's calls returns; raise Died where it fails since SuperLink has ended."""
@@ -252,7 +253,7 @@ def _follow(link: Link, run: RunFolder, *options: str) -> None:
             for line in lines.read():
                 last = line if line.startswith(ERROR) else last
                 if line.startswith(("waiting for ", "warning: ", "round ", "membership ")):  # words to a person
-                    bar.write(line)
+                    bar.write(printable(line))
             bar.update(run.committed()[-1] - done)
             done = run.committed()[-1]
             time.sleep(_POLL)
