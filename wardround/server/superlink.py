@@ -26,8 +26,10 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from wardround.config import FederationConfig, named, read_toml
+from wardround.connection.answers import most_objects
 from wardround.errors import CheckpointError, ConfigError, WardroundError
 from wardround.processes import NewLines, alone, command, free_port, running, stopped_by_sigterm
+from wardround.registry.checkpoint import STATE
 from wardround.registry.durable import write_file
 from wardround.registry.signing import kit_key
 from wardround.server.fab import write_stub
@@ -112,7 +114,8 @@ def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1", *option
     home, kit, inner = run.path.resolve() / "flower", kit.resolve(), free_port()
     logs = home.parent / "logs"
     with stopped_by_sigterm(), alone(home, "wardround coordinate"):
-        with gate(kit, host, port, inner, logs / "gate.log") as door:
+        sizes = [path.stat().st_size for path in run.path.glob(f"rounds/*/checkpoint/{STATE}")]
+        with gate(kit, host, port, inner, logs / "gate.log", most_objects(max(sizes, default=0))) as door:
             tries, done, lived = 0, -1, False
             while True:
                 run = reread(run)
