@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
 from conftest import ROOT, known_at, serving_in_a_thread, tiny
@@ -36,6 +37,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 from flwr.proto.message_pb2 import PushObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.primitives.asymmetric import verify_signature
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -50,9 +52,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from wardround.connection import site as connection
+from wardround.connection.answers import LARGEST_MESSAGE, LARGEST_OBJECT, is_answer, most_objects
 from wardround.connection.clock import CoordinatorsClock
 from wardround.processes import free_port
 from wardround.provision import provision
+from wardround.wire import answer_to_records
 
 BEAT = connection._BEAT
 
@@ -122,13 +126,13 @@ class Scripted:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        self.said: dict[str, bytes] = {}  # the newest of each
+        self.said: list[bytes] = []
         self.stamps: list[float] = []
         self.script: dict[str, list[Response]] = {}
 
     async def answer(self, request: Request) -> Response:
+        self.said.append(await request.body())
         name = request.url.path.rpartition("/")[2]
-        self.said[name] = await request.body()
         self.asked.append(name)
         self.stamps.append(datetime.fromisoformat(request.headers[TIMESTAMP_HEADER]).timestamp())
         return (self.script.get(name) or [said(DEFAULTS[name])]).pop(0)
@@ -187,12 +191,12 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "_LONGEST_PAUSE", 0.01)
 
 
-def reply() -> Message:
-    """Return an answer of a kilobyte to a message of the coordinator's."""
+def reply(content: RecordDict | None = None) -> Message:
+    """Return an answer to a message of the coordinator's; of a kilobyte, unless its content is given."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 7, 1
     asked = Message(RecordDict(), dst_node_id=7, message_type="train")
     asked.metadata.__dict__["_message_id"] = "asked"
-    return Message(RecordDict({"update": ConfigRecord({"block": bytes(1000)})}), reply_to=asked)
+    return Message(content or RecordDict({"update": ConfigRecord({"block": bytes(1000)})}), reply_to=asked)
 
 
 def test_a_clock_that_is_wrong_is_set_by_the_refusal_and_the_call_is_repeated(kits: Path) -> None:
@@ -283,9 +287,23 @@ def test_of_an_answer_that_broke_off_the_rest_is_sent(kits: Path) -> None:
     assert [name for name in fleet.asked if name.startswith("push")] == ["push-messages", "push-object"] * 2
 
 
+@pytest.mark.parametrize("state", [1_000, 40_000_000])
+def test_the_largest_answer_of_a_site_passes_the_gate_with_room_to_spare(kits: Path, state: int) -> None:
+    """An update of float32 with control variates, which zstd does not make smaller."""
+    fleet, block = Scripted(), np.random.default_rng(0).bytes(2 * state + 1_000_000)
+    answer = reply(answer_to_records(block, "lyon", "1", None))
+    with to(fleet, kits) as made:
+        made.answer(answer)
+    said = fleet.said[fleet.asked.index("push-messages")]
+    largest = len(get_all_nested_objects(answer))
+    assert is_answer(said, largest) and not is_answer(said, largest - 1)
+    assert largest <= most_objects(state) <= 3 * largest and len(said) < LARGEST_MESSAGE / 10
+    assert max(len(one.deflate()) for one in get_all_nested_objects(answer).values()) < LARGEST_OBJECT - 2**19
+
+
 def test_an_answer_that_nobody_waits_for_is_said_to_be_so(kits: Path) -> None:
     fleet = Scripted()
     with to(fleet, kits) as made:
         assert not made.answer(reply())
-    asked = PushMessagesRequest.FromString(fleet.said["push-messages"])
+    asked = PushMessagesRequest.FromString(fleet.said[fleet.asked.index("push-messages")])
     assert list(asked.clientapp_runtime_list) == [0.0], "how long a site trains tells of its images"

@@ -237,7 +237,7 @@ def test_a_gate_without_a_superlink_behind_it_is_not_well(kits: Path, tmp_path: 
     port, kit = free_port(), kits / "coordinator"
     answers = [sys.executable, ROOT / "docker" / "answers.py", kit / "ca.crt", str(port)]
     assert subprocess.run(answers, stderr=subprocess.DEVNULL).returncode == 1  # nobody is there
-    with gate(kit, "127.0.0.1", port, free_port(), tmp_path / "gate.log"):
+    with gate(kit, "127.0.0.1", port, free_port(), tmp_path / "gate.log", 20):
         assert subprocess.run(answers, capture_output=True, text=True).stderr == ""  # TLS holds
         assert subprocess.run(answers).returncode == 1
 

@@ -1,20 +1,22 @@
 """The durable loop: cut anywhere, it ends with the same state; and what it refuses to fold."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from honest_sites import DECLARED, SITES, Cut, Sites, final, ignore, make_run
+from safetensors.numpy import save
 
 from wardround.errors import CheckpointError, ConfigError, UpdateError
 from wardround.registry.tensors import TensorWriter
 from wardround.server import rounds, run_folder
 from wardround.server.rounds import run_rounds
 from wardround.server.run_folder import RunFolder, open_run
-from wardround.update import Array, Refusal, State, Task, Update
+from wardround.server.tracking import round_line
+from wardround.update import META, Array, Refusal, State, Task, Update, pack, unpack
 
 
 def cut_before_folding(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +140,75 @@ def test_a_non_finite_delta_and_a_huge_block_are_not_folded(tmp_path: Path) -> N
     run_rounds(run, Broken(run), ignore)
     assert "holds NaN or infinity" in run.record(1)["refused"]["oslo"]
     assert "expected at most" in run.record(1)["refused"]["wien"]
+
+
+def with_declared(update: Update, **changes: Any) -> bytes:
+    """Return an update's bytes with values in its header that `Declared` would not take."""
+    delta, header = unpack(update.to_bytes())
+    return pack(delta, {**header, "declared": header["declared"] | changes})
+
+
+def replaced(update: Update, **changes: Any) -> bytes:
+    return dataclasses.replace(update, **changes).to_bytes()
+
+
+HOSTILE: dict[str, Callable[[Update], bytes]] = {
+    "a count without end": lambda update: with_declared(update, images=10**400),
+    "a loss that nobody can draw": lambda update: with_declared(update, loss=1e308),
+    "brackets without end": lambda update: save(update.delta, metadata={META: "[" * 4000 + "]" * 4000}),
+    "a list for a name": lambda update: pack(update.delta, unpack(update.to_bytes())[1] | {"site": [["oslo"]]}),
+    "no block": lambda update: b"\0",
+}
+FORGED = "\x1b]0;owned\x07\nwarning: site 'wien': its key was stolen"
+LINES: dict[str, Callable[[Update], bytes]] = {
+    "a tensor's name": lambda update: replaced(update, delta={FORGED: np.zeros(1, np.float32)} | update.delta),
+    "half of a character": lambda update: replaced(update, site="\ud800"),
+    "an encoding": lambda update: replaced(update, encoding=FORGED),
+    "an endless state": lambda update: replaced(update, state="e" * 10_000),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_whatever_one_site_sends_is_its_own_refusal_and_the_round_goes_on(tmp_path: Path, kind: str) -> None:
+    run = make_run(tmp_path / "run", membership={"min_sites": 2})
+
+    class Hostile(Sites):
+        def answer(self, site: str, task: Task) -> bytes | Refusal:
+            update = self.update(site, task)
+            return HOSTILE[kind](update) if site == "oslo" else update.to_bytes()
+
+    run_rounds(run, Hostile(run), ignore)
+    assert run.committed() == [0, 1, 2]
+    for number in (1, 2):
+        assert run.record(number)["sites"].keys() == {"lyon", "wien"}
+        assert run.record(number)["refused"]["oslo"].startswith("invalid: ")
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_what_a_site_sends_is_told_on_one_short_line_that_moves_no_cursor(tmp_path: Path, kind: str) -> None:
+    run = make_run(tmp_path / "run", membership={"min_sites": 2}, training={"rounds": 1})
+
+    class Hostile(Sites):
+        def answer(self, site: str, task: Task) -> bytes | Refusal:
+            return LINES[kind](self.update(site, task)) if site == "oslo" else super().answer(site, task)
+
+    run_rounds(run, Hostile(run), ignore)
+    assert run.record(1)["refused"]["oslo"].startswith("invalid: site 'oslo': ")
+    assert len(run.record(1)["refused"]["oslo"]) <= 512
+    assert round_line(run, 1).isprintable()
+
+
+def test_a_refusal_is_kept_as_one_short_line_whoever_handed_it_in(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", membership={"min_sites": 2}, training={"rounds": 1})
+
+    class Hostile(Sites):
+        def answer(self, site: str, task: Task) -> bytes | Refusal:
+            return Refusal(FORGED, FORGED * 100) if site == "oslo" else super().answer(site, task)
+
+    run_rounds(run, Hostile(run), ignore)
+    kept = run.record(1)["refused"]["oslo"]
+    assert kept.startswith("?]0;owned??warning: : ?]0;owned??warning: site 'wien'")
+    assert kept.isprintable() and len(kept) < 530
 
 
 def test_too_few_answers_stop_with_each_sites_reason_and_keep_what_came(tmp_path: Path, whole: str) -> None:

@@ -21,10 +21,11 @@ from wardround.encoding import compress
 from wardround.errors import ConfigError, UpdateError
 from wardround.probe.site_scores import SiteScores
 from wardround.registry.checkpoint import Checkpoint
+from wardround.server import scoring
 from wardround.server.run_folder import RunFolder, open_run
 from wardround.server.scoring import kept_at, read_asked
 from wardround.simulate import InProcessGrid, ask_sites, simulate
-from wardround.update import pack, state_hash
+from wardround.update import Refusal, pack, state_hash
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,22 @@ def test_an_answer_that_holds_more_than_scores_is_not_taken(run: RunFolder, monk
         with pytest.raises(UpdateError, match="its scores are none"):
             SiteScores.from_bytes(json.dumps(wrong).encode())
     assert SiteScores.from_bytes(honest).to_bytes() == honest
+
+
+HOSTILE = [b"[" * 100_000, b'{"classes": ' + b"9" * 100_000 + b"}", b'{"classes": NaN}', b"\xff", b"\x28\xb5\x2f\xfd"]
+
+
+@pytest.mark.parametrize("block", HOSTILE, ids=["brackets", "digits", "no number", "no text", "no frame"])
+def test_what_no_parser_can_take_is_its_sites_refusal_and_the_others_are_heard(run: RunFolder, block: bytes) -> None:
+    honest = ask_sites(run).scores["lyon"]
+    asked = scoring.ask_sites(run, lambda _: iter([("oslo", block), ("lyon", honest.to_bytes())]))
+    assert asked.scores == {"lyon": honest} and asked.refused["oslo"].startswith("invalid: its scores ")
+
+
+def test_why_there_are_no_scores_is_one_short_line_that_moves_no_cursor(run: RunFolder) -> None:
+    refusal = Refusal("policy\x1b[2J", "no\nwarning: site 'lyon': its key was stolen" + "x" * 1000)
+    said = scoring.ask_sites(run, lambda _: iter([("oslo", refusal)])).refused["oslo"]
+    assert said.startswith("policy?[2J: no?warning: ") and said.isprintable() and len(said) < 530
 
 
 def test_a_question_is_no_round(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

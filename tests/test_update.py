@@ -8,9 +8,10 @@ import pytest
 from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save
 
 from wardround.errors import UpdateError
-from wardround.update import Declared, State, Update, check_tensors, layout, pack, state_hash, unpack, withholds
+from wardround.update import META, Declared, State, Update, check_tensors, layout, pack, state_hash, unpack, withholds
 
 STATE: State = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros(4, np.float32)}
 MONITOR = {"effective_rank": 9.0, "feature_spread": 0.8, "alignment": 0.2, "uniformity": 2.0}
@@ -53,6 +54,10 @@ def test_noise_is_refused(block: bytes) -> None:
         ("images", -1),
         ("images", "3"),
         ("images", True),
+        ("images", 10**13),
+        pytest.param("images", 10**400, id="images-without-end"),
+        pytest.param("loss", -(10**400), id="loss-without-end"),
+        ("loss", 1e308),
         ("loss", float("inf")),
         ("loss", -float("inf")),
         ("seconds", -0.5),
@@ -69,6 +74,31 @@ def test_a_declared_value_that_no_site_sends_is_refused(field: str, value: Any) 
     header = {"site": "lyon", "protocol": "d", "round": 1, "state": "e", "declared": vars(DECLARED) | {field: value}}
     with pytest.raises(UpdateError, match=f"declared field '{field}'"):
         Update.from_bytes(pack(STATE, header))
+
+
+@pytest.mark.parametrize("number", [0.0, -0.9, 3e38, -3e38])
+def test_a_loss_may_be_any_number_that_training_can_give(number: float) -> None:
+    declared = dataclasses.replace(DECLARED, loss=number)
+    assert Update.from_bytes(dataclasses.replace(UPDATE, declared=declared).to_bytes()).declared.loss == number
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["[" * 4000 + "]" * 4000, '{"a":' * 4000 + "1" + "}" * 4000, "[" * 200 + "]" * 200, "9" * 5000, " " * 10**7 + "{}"],
+    ids=["lists", "objects", "lists that a parser may just take", "a number of 5,000 digits", "ten megabytes"],
+)
+def test_a_header_that_is_nested_or_written_without_end_is_refused(header: str) -> None:
+    with pytest.raises(UpdateError, match="cut or altered"):
+        Update.from_bytes(save(STATE, metadata={META: header}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("site", ["lyon"]), ("site", None), ("round", True), ("round", "1"), ("encoding", 8)]
+)
+def test_a_field_of_another_kind_is_refused(field: str, value: Any) -> None:
+    header = {"site": "lyon", "protocol": "d", "round": 1, "state": "e", "declared": vars(DECLARED)}
+    with pytest.raises(UpdateError, match=f"its header's '{field}' is no"):
+        Update.from_bytes(pack(STATE, header | {field: value}))
 
 
 def test_a_loss_may_be_below_zero_as_minus_a_cosine_is() -> None:

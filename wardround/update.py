@@ -7,7 +7,6 @@ what the site journals, what is signed, what the server spools and what crosses:
 
 import hashlib
 import json
-import math
 import os
 import re
 import struct
@@ -35,7 +34,12 @@ META = "wardround"  # the one metadata key: safetensors writes several in no fix
 
 _HEAD = re.compile(r"[0-9]{1,9}:[0-9a-f]{64}([0-9a-f]{32})?")  # the ledger's with a seal of the site's
 DRIFT = ("none", "some", "strong")  # how far images that came later are from those that a site began with
+# What is more comes from no honest site: of images, units or steps, and of what float32 holds. Python's whole numbers
+# have no end, which math.isfinite has no word for; and of a loss of 1e308 nobody can draw a curve.
+_MOST: dict[Any, float] = {int: 10**12, float: float(np.finfo(np.float32).max)}
 _KINDS: dict[Any, str] = {int: "a whole number from 0", float: "a finite number from 0", str: "a short text"}
+_BRACKETS = 100  # an update's header has two; a parser that meets thousands within each other gives up
+_HEADER = 10_000_000  # bytes, ten times what names and shapes take: a parser makes a kilobyte of sixty bytes
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Declared:
                 continue
             least, expected = 0.0, _KINDS[kind]
             if field.name in ("loss", "loss_first"):
-                least, expected = -math.inf, "a finite number"
+                least, expected = -_MOST[float], "a finite number"
             is_text = isinstance(value, str) and len(value) <= 120 and value.isprintable()
             if not (is_text if kind is str else _is_measure(value, kind, least)):
                 raise UpdateError(f"declared field '{field.name}' is {str(value)[:40]!r}, expected {expected}.")
@@ -142,9 +146,13 @@ class Update:
         """Return the update in a block. Raises UpdateError where it is none, without running any of it."""
         delta, header = unpack(block)
         try:
-            return cls(**{**header, "declared": Declared(**header["declared"]), "delta": delta})
+            update = cls(**{**header, "declared": Declared(**header["declared"]), "delta": delta})
         except (TypeError, KeyError) as error:
             raise UpdateError("the update's header lacks or adds fields; the site runs another release.") from error
+        for field in fields(cls):
+            if field.type in (int, str) and type(getattr(update, field.name)) is not field.type:
+                raise UpdateError(f"its header's '{field.name}' is no {field.type.__name__}; it was altered.")
+        return update
 
 
 def pack(tensors: Mapping[str, Array], header: Mapping[str, Any]) -> bytes:
@@ -173,10 +181,15 @@ def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
 def unpack(block: bytes) -> tuple[State, dict[str, Any]]:
     """Return the arrays and the header of a block. Raises UpdateError where it is cut or is none."""
     try:
-        tensors = load_tensors(block)
         (length,) = struct.unpack("<Q", block[:8])
-        header = json.loads(json.loads(block[8 : 8 + length])["__metadata__"][META])
-    except (SafetensorError, struct.error, KeyError, TypeError, ValueError) as error:
+        if length > _HEADER:
+            raise ValueError("has a header that is too long")
+        tensors = load_tensors(block)
+        text = json.loads(block[8 : 8 + length])["__metadata__"][META]
+        if text.count("[") + text.count("{") > _BRACKETS:
+            raise ValueError("is nested too deeply")
+        header = json.loads(text)
+    except (SafetensorError, struct.error, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UpdateError(
             f"a block of {len(block)} bytes is no whole update or state; it was cut or altered."
         ) from error
@@ -216,9 +229,9 @@ def printable(text: str) -> str:
 
 
 def _is_measure(value: Any, kind: Any, least: float) -> bool:
-    """Return whether a value is a finite number of the kind, not below the least, and no truth value."""
+    """Return whether a value is a number of the kind, from the least to the kind's most, and no truth value."""
     numbers = int if kind is int else (int, float)
-    return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value) and value >= least
+    return isinstance(value, numbers) and not isinstance(value, bool) and least <= value <= _MOST[kind]
 
 
 def layout(state: Mapping[str, Array]) -> Layout:
@@ -281,3 +294,7 @@ class Refusal:
 
     code: str  # policy, budget, images, training, failed, silent, invalid, version, state
     text: str  # no path, patient id or tag value
+
+    def shown(self) -> "Refusal":
+        """Return it as it may be kept and printed: of any words, one bounded line each that moves no cursor."""
+        return Refusal(printable(self.code[:20]), printable(self.text[:500]))

@@ -114,7 +114,7 @@ def message_to_answer(message: Message, site: str, round: str, key: EllipticCurv
     try:
         if "refusal" in records.config_records:
             fields = records.config_records["refusal"]
-            found: bytes | Refusal = Refusal(printable(str(fields["code"])[:20]), printable(str(fields["text"])[:500]))
+            found: bytes | Refusal = Refusal(str(fields["code"]), str(fields["text"])).shown()
             said: tuple[bytes | str, ...] = ("refusal", site, round, str(fields["code"]), str(fields["text"]))
             signature = fields["signature"]
         else:

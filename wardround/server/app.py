@@ -15,6 +15,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
 from wardround.config.hours import after
+from wardround.errors import UpdateError
 from wardround.server.buffer import fill
 from wardround.server.live import Live, Now
 from wardround.server.roster import Roster
@@ -161,14 +162,15 @@ class Fleet:
             return site, REVOKED
         # One at a time, so that no more than one update is in memory.
         for message_id, sent in sorted(self.out.items(), key=lambda item: item[1][:3]):
-            for reply in self.grid.pull_messages([message_id]):
+            if (reply := self._reply(message_id)) is not None:
                 del self.out[message_id]
                 self.waiting_since = time.monotonic()  # the others may be close behind
-                if reply.has_error() and reply.error.code in LEFT:
-                    self.away[sent.site] = sent
-                    break
-                return sent.site, message_to_answer(reply, sent.site, sent.task.name, self.keys[sent.site])
-            if message_id in self.out and time.monotonic() > sent.deadline:
+                if isinstance(reply, Refusal):
+                    return sent.site, reply
+                if not (reply.has_error() and reply.error.code in LEFT):
+                    return sent.site, message_to_answer(reply, sent.site, sent.task.name, self.keys[sent.site])
+                self.away[sent.site] = sent
+            elif time.monotonic() > sent.deadline:
                 del self.out[message_id]
                 self.late[message_id] = (sent.site, sent.round)
                 return sent.site, Refusal("silent", f"sent nothing for {self.deadline:.0f} s")
@@ -185,10 +187,17 @@ class Fleet:
         time.sleep(pause(time.monotonic() - self.waiting_since))
         return None
 
+    def _reply(self, message_id: str) -> Message | Refusal | None:
+        """Return the reply to a message, None where there is none yet; a refusal for one that Flower cannot read."""
+        try:
+            return next(iter(self.grid.pull_messages([message_id])), None)
+        except UpdateError as error:  # it is taken all the same: SuperLink would have none, were it asked again
+            return Refusal("invalid", str(error))
+
     def drop_late(self) -> None:
         """Take what has come for rounds that are over, so that it lies nowhere, and say so."""
         for message_id, (site, number) in list(self.late.items()):
-            for _ in self.grid.pull_messages([message_id]):
+            if self._reply(message_id) is not None:
                 del self.late[message_id]
                 self.dropped += 1
                 log.warning(

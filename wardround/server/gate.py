@@ -2,7 +2,8 @@
 
 SuperLink 1.41 serves sites, the Flower CLI and its own processes on one port, and asks only sites
 for a credential: whoever reaches that port can list runs, register keys and run code at every site.
-So SuperLink listens on loopback, and this door, which knows ten paths, listens for sites.
+So SuperLink listens on loopback, and this door, which knows ten paths, listens for sites. Of what they push it
+lets through only answers, of a size that answers have: SuperLink would keep anything.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from wardround.connection.answers import LARGEST_MESSAGE, LARGEST_OBJECT, is_answer
 from wardround.errors import ConfigError, WardroundError
 from wardround.logs import JsonFormatter, as_json
 from wardround.processes import open_log
@@ -44,7 +46,7 @@ OPEN = tuple(
         "confirm-message-received",
     )
 )
-LARGEST_BODY = 64 * 2**20  # bytes; Flower's objects have 5 MiB
+_PUSH = "/v1/fleet/push-messages"
 _HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host"}  # RFC 9110, 7.6.1
 _PATIENCE = 10.0  # seconds
 
@@ -69,9 +71,10 @@ class Gate:
 
 
 @contextlib.contextmanager
-def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator[Gate]:
+def gate(kit: Path, host: str, port: int, superlink: int, log: Path, objects: int) -> Iterator[Gate]:
     """Serve sites on host:port, in a thread, and pass them on to SuperLink's loopback port.
 
+    objects: how many of Flower's a site's answer may have (see `most_objects`).
     Raises ConfigError where the address cannot be listened on.
     """
     try:
@@ -84,7 +87,7 @@ def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator
     opened.set()
     server = uvicorn.Server(
         uvicorn.Config(
-            _app(f"https://127.0.0.1:{superlink}", opened, ssl.create_default_context(cafile=kit / "ca.crt")),
+            _app(f"https://127.0.0.1:{superlink}", opened, ssl.create_default_context(cafile=kit / "ca.crt"), objects),
             ssl_certfile=kit / "server.crt",
             ssl_keyfile=str(kit / "server.key"),
             timeout_keep_alive=60,  # a SuperNode that has nothing to do asks every three seconds
@@ -110,19 +113,21 @@ def gate(kit: Path, host: str, port: int, superlink: int, log: Path) -> Iterator
             thread.join(_PATIENCE)
 
 
-def _app(superlink: str, opened: threading.Event, trust: ssl.SSLContext) -> Starlette:
+def _app(superlink: str, opened: threading.Event, trust: ssl.SSLContext, objects: int) -> Starlette:
     client = httpx.AsyncClient(base_url=superlink, verify=trust, timeout=60.0, trust_env=False)
 
     async def forward(request: Request) -> Response:
-        """Pass a request on and its answer back, chunk by chunk: a body is never held whole."""
+        """Pass a request on and its answer back, chunk by chunk: no body but a message's short one is held whole."""
         if not opened.is_set():
             return Response(status_code=503)  # SuperNodes try again
-        length = request.headers.get("content-length", "")
-        if not length.isdecimal() or int(length) > LARGEST_BODY:
+        path, length = request.url.path, request.headers.get("content-length", "")
+        if not length.isdecimal() or int(length) > (LARGEST_MESSAGE if path == _PUSH else LARGEST_OBJECT):
             return Response(status_code=413)
         headers = [(name, value) for name, value in request.headers.items() if name not in _HOP_BY_HOP]
-        outgoing = client.build_request("POST", request.url.path, headers=headers, content=request.stream())
         try:
+            if path == _PUSH and not is_answer(await request.body(), objects):
+                return Response(status_code=400)
+            outgoing = client.build_request("POST", path, headers=headers, content=request.stream())
             answer = await client.send(outgoing, stream=True)
         except (httpx.TransportError, ClientDisconnect):
             return Response(status_code=502)  # SuperNodes try again

@@ -224,14 +224,15 @@ def take(
 ) -> None:
     """Spool a site's update of the round that it was asked in, from the state of hash `start`; or note why not."""
     if isinstance(answer, Refusal):
-        tally.refused[site] = answer
+        tally.refused[site] = answer.shown()
         return
     tally.received[site] = len(answer)
     try:
         spool.add(site, check_update(run, site, number, shapes, start, answer))
         tally.refused.pop(site, None)
     except UpdateError as error:
-        tally.refused[site] = Refusal("invalid", str(error))
+        # What was found is quoted as the site wrote it: names of tensors, values of the header.
+        tally.refused[site] = Refusal("invalid", str(error)).shown()
         tally.ledgers |= ledger_of(run, site, shapes, answer)
 
 

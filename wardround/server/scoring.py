@@ -39,15 +39,23 @@ def ask_sites(run: RunFolder, ask: Ask) -> Asked:
     task = Task(last.round, protocol, 0, whole_state(run, last), kind="evaluation")
     asked = Asked(last.round, last.hash, {}, {})
     for site, answer in ask(dict.fromkeys(run.members, task)):
-        try:
-            if isinstance(answer, Refusal):
-                asked.refused[site] = f"{answer.code}: {answer.text}"
-            else:
-                asked.scores[site] = SiteScores.from_bytes(inflate(answer, {}, "float32", "its scores"))
-        except UpdateError as error:
-            asked.refused[site] = f"invalid: {error}"
+        found = _scores(answer)
+        if isinstance(found, Refusal):
+            asked.refused[site] = f"{found.code}: {found.text}"
+        else:
+            asked.scores[site] = found
     write_file(kept_at(run, last.round), asked.to_json().encode())
     return asked
+
+
+def _scores(answer: bytes | Refusal) -> SiteScores | Refusal:
+    """Return the scores in an answer; or why there are none, as it may be kept and printed."""
+    if isinstance(answer, Refusal):
+        return answer.shown()
+    try:
+        return SiteScores.from_bytes(inflate(answer, {}, "float32", "its scores"))
+    except UpdateError as error:
+        return Refusal("invalid", str(error)).shown()
 
 
 def read_asked(run: RunFolder) -> Asked:

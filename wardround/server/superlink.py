@@ -26,8 +26,10 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from wardround.config import FederationConfig, named, read_toml
+from wardround.connection.answers import most_objects
 from wardround.errors import CheckpointError, ConfigError, WardroundError
 from wardround.processes import NewLines, alone, command, free_port, running, stopped_by_sigterm
+from wardround.registry.checkpoint import STATE
 from wardround.registry.durable import write_file
 from wardround.registry.signing import kit_key
 from wardround.server.fab import write_stub
@@ -36,6 +38,7 @@ from wardround.server.membership import Members, members_of, read_members
 from wardround.server.registration import CONNECTION, admit, flwr, forget, is_registered
 from wardround.server.run_folder import RunFolder, create, open_run, reread
 from wardround.signatures import untrusted
+from wardround.update import printable
 
 _STARTUP = 120.0  # seconds; a cold start on a slow disk takes about ten
 _POLL = 0.2  # seconds
@@ -111,7 +114,8 @@ def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1", *option
     home, kit, inner = run.path.resolve() / "flower", kit.resolve(), free_port()
     logs = home.parent / "logs"
     with stopped_by_sigterm(), alone(home, "wardround coordinate"):
-        with gate(kit, host, port, inner, logs / "gate.log") as door:
+        sizes = [path.stat().st_size for path in run.path.glob(f"rounds/*/checkpoint/{STATE}")]
+        with gate(kit, host, port, inner, logs / "gate.log", most_objects(max(sizes, default=0))) as door:
             tries, done, lived = 0, -1, False
             while True:
                 run = reread(run)
@@ -164,7 +168,7 @@ class Link:
             log = self.logs / "superlink.log"
             last = " / ".join([line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:])
             plain = re.sub(r"\x1b\[\d+m", "", last)[-300:]
-            raise Died(f"Flower's SuperLink ended with {code}: {plain.strip('. ')}. See {log}.")
+            raise Died(f"Flower's SuperLink ended with {code}: {printable(plain).strip('. ')}. See {log}.")
 
     def checked(self, call: Callable[..., Answer], *arguments: Any) -> Answer:
         """Return what one of registration.py's calls returns; raise Died where it fails since SuperLink has ended."""
@@ -252,7 +256,7 @@ def _follow(link: Link, run: RunFolder, *options: str) -> None:
             for line in lines.read():
                 last = line if line.startswith(ERROR) else last
                 if line.startswith(("waiting for ", "warning: ", "round ", "membership ")):  # words to a person
-                    bar.write(line)
+                    bar.write(printable(line))
             bar.update(run.committed()[-1] - done)
             done = run.committed()[-1]
             time.sleep(_POLL)
