@@ -158,6 +158,9 @@ HOSTILE: dict[str, Callable[[Update], bytes]] = {
     "brackets without end": lambda update: save(update.delta, metadata={META: "[" * 4000 + "]" * 4000}),
     "a list for a name": lambda update: pack(update.delta, unpack(update.to_bytes())[1] | {"site": [["oslo"]]}),
     "no block": lambda update: b"\0",
+    "numbers that no site would train from": lambda update: replaced(
+        update, delta={name: np.full_like(array, 3e38) for name, array in update.delta.items()}
+    ),
 }
 FORGED = "\x1b]0;owned\x07\nwarning: site 'wien': its key was stolen"
 LINES: dict[str, Callable[[Update], bytes]] = {

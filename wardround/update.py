@@ -243,8 +243,11 @@ def layout(state: Mapping[str, Array]) -> Layout:
     return {name: (tuple(array.shape), array.dtype.name) for name, array in state.items()}
 
 
+LARGEST = 1000.0  # root mean square of a tensor, of a state or of its change; trained networks stay below ten
+
+
 def check_tensors(who: str, tensors: Mapping[str, Array], expected: Layout) -> None:
-    """Raise UpdateError unless the tensors are exactly those expected, all numbers finite."""
+    """Raise UpdateError unless the tensors are exactly those expected, all numbers finite and bounded."""
     remedy = "Its backbone differs from the federation's; compare its protocol digest with 'wardround check'."
     if missing := sorted(expected.keys() - tensors.keys()):
         raise UpdateError(f"{who}: lacks {len(missing)} of {len(expected)} tensors (first: '{missing[0]}'). {remedy}")
@@ -257,6 +260,20 @@ def check_tensors(who: str, tensors: Mapping[str, Array], expected: Layout) -> N
             raise UpdateError(f"{who}: tensor '{name}' is {found}, expected {dtype}{list(shape)}. {remedy}")
         if not np.isfinite(array).all():
             raise UpdateError(f"{who}: tensor '{name}' holds NaN or infinity. Its training diverged; it is not folded.")
+        check_size(who, name, array)
+
+
+def check_size(who: str, name: str, array: Array) -> None:
+    """Raise UpdateError for a tensor that has blown up: no site would train from the state that it leads to."""
+    if array.dtype.kind != "f":  # a count, or codes whose scales are looked at
+        return
+    with np.errstate(over="ignore"):
+        size = float(np.linalg.norm(array)) / max(1, array.size) ** 0.5
+    if size > LARGEST:
+        raise UpdateError(
+            f"{who}: tensor '{name}' has a root mean square of {size:.3g}, expected at most {LARGEST:g}; its training "
+            "diverged, or somebody made it up."
+        )
 
 
 class Start(NamedTuple):

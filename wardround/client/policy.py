@@ -5,17 +5,13 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
 
-import numpy as np
-
 from wardround.client import approval
 from wardround.config import Protocol, SiteConfig, parse
 from wardround.config.correction import VARIATE
 from wardround.encoding import check_encoded, inflate, stepped
 from wardround.errors import ConfigError, PolicyRefusal, UpdateError
 from wardround.plan import architecture, refuse_unsound
-from wardround.update import Layout, Start, State, Task, check_tensors, state_hash, unpack, withholds
-
-_LARGEST = 1000.0  # root mean square of a tensor; trained networks stay below ten
+from wardround.update import Layout, Start, State, Task, check_size, check_tensors, state_hash, unpack, withholds
 
 
 def agreed_protocol(site: SiteConfig, task: Task) -> Protocol:
@@ -86,7 +82,6 @@ def checked_state(protocol: Protocol, task: Task, held: Start | None = None) -> 
         raise PolicyRefusal(str(error)) from error
     if start is None:
         return None
-    _refuse_large(start.state)
     initial = {name: array for name, array in start.state.items() if not name.startswith(VARIATE)}
     if task.round == 1 and task.kind == "task" and state_hash(initial) != protocol.initial_state:
         raise PolicyRefusal("round 1 does not start from the initial weights that the approved protocol names.")
@@ -102,20 +97,6 @@ def received(protocol: Protocol) -> Layout:
     return layout | {f"{VARIATE}{name}": spec for name, spec in layout.items()}
 
 
-def _refuse_large(state: State) -> None:
-    """Raise PolicyRefusal for a state that has blown up, before hours and privacy are spent on it."""
-    for name, array in state.items():
-        if array.dtype.kind != "f":  # a count
-            continue
-        with np.errstate(over="ignore"):
-            size = float(np.linalg.norm(array)) / max(1, array.size) ** 0.5
-        if size > _LARGEST:
-            raise PolicyRefusal(
-                f"the coordinator's state: tensor '{name}' has a root mean square of {size:.3g}, expected at most "
-                f"{_LARGEST:g}; its training diverged, or somebody made it up."
-            )
-
-
 def _from_held(
     protocol: Protocol, step: State, header: Mapping[str, object], expected: Layout, held: Start | None
 ) -> Start | None:
@@ -128,5 +109,7 @@ def _from_held(
         return None
     begun = held.hash == header.get("to")  # this round, before
     state = held.state if begun else stepped(held.state, step, protocol.encoding)
+    for name, array in state.items():
+        check_size("the coordinator's state", name, array)
     found = state_hash(state)
     return (held if begun else Start(state, found, step)) if found == header.get("to") else None
