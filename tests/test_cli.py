@@ -109,6 +109,19 @@ def test_a_site_in_the_config_that_the_data_lacks(tmp_path: Path) -> None:
     assert "'bern' is not in" in line and "which has lyon" in line
 
 
+def test_a_sites_name_that_cannot_be_a_files_is_told_where_it_stands_and_hidden_folders_are_no_sites(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "data"
+    write_labelled(data / "lyon", {"x": 20})
+    (data / ".thumbnails").mkdir()
+    assert simulate(tmp_path, data).returncode == 0
+    (data / "lyon").rename(data / "St. Mary")
+    line = error_of(wardround("simulate", config(tmp_path), "--data", data, "--out", tmp_path / "other"))
+    assert "'St. Mary' cannot be a site's name: expected letters" in line and "Rename it there" in line
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_run_folder_of_another_config(tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data", {"lyon": 20})
     assert simulate(tmp_path, data).returncode == 0

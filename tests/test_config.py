@@ -52,7 +52,7 @@ IMAGE = {"unit": "image", "epsilon": 8.0, "delta": 1e-5}
         ({"privacy": IMAGE, "data": {"slice_stride": 2}}, "[the file] [data] slice_stride makes one image decide"),
         (
             {"membership": {"sites": {"../x": 1.0}}},
-            '[membership.sites.../x] [key] = "../x": string should match pattern',
+            '[membership.sites.../x] [key] = "../x": expected letters from A to Z, digits',
         ),
     ],
 )
@@ -65,7 +65,7 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_it(change: dict[str, An
 
 def test_a_misspelt_key_is_named_before_the_one_that_is_then_missing() -> None:
     raw = {**TINY, "training": {"rounds": 2, "local_step": 3}}
-    with pytest.raises(ConfigError, match=r"unknown key 'local_step'; did you mean 'local_steps'\? \(1 more\)"):
+    with pytest.raises(ConfigError, match=r"did you mean 'local_steps'\? \(mistakes besides this one: 1"):
         parse(raw, FederationConfig, "x.toml")
 
 
@@ -80,7 +80,7 @@ def test_a_method_without_its_name_is_refused() -> None:
 
 
 def test_several_problems_are_counted() -> None:
-    with pytest.raises(ConfigError, match=r"\(1 more\)"):
+    with pytest.raises(ConfigError, match=r"besides this one: 1"):
         parse(merged(TINY, {"seed": -1, "training": {"rounds": 0}}), FederationConfig, "x.toml")
 
 

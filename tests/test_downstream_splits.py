@@ -44,7 +44,7 @@ def test_without_a_validation_split_patients_of_train_serve_as_it_and_the_result
 def test_images_of_other_splits_are_left_out_and_counted() -> None:
     images = labelled()
     found = split(replace(images, splits=np.where(images.patients == 0, "unlabelled", images.splits)))
-    assert found.notes == ("3 images of other splits than train, val and test are left out",)
+    assert found.notes == ("3 images of the splits 'unlabelled' are left out: the words are train, val and test",)
 
 
 def test_a_patient_in_two_splits_is_refused_with_counts() -> None:
@@ -73,7 +73,7 @@ def test_a_class_that_a_split_lacks_is_named(name: str) -> None:
 @pytest.mark.parametrize("name", ["train", "test"])
 def test_a_split_that_is_missing_is_named(name: str) -> None:
     images = labelled()
-    with pytest.raises(DataError, match=f"of 0 images, split {name} has none of 2 classes"):
+    with pytest.raises(DataError, match=f"has split {name}; its splits are .*other.* The words are train"):
         split(replace(images, splits=np.where(images.splits == name, "other", images.splits)))
 
 

@@ -114,7 +114,7 @@ def test_where_all_is_well_every_line_says_so(kits: Path) -> None:
         found = checked(kits)
     assert {one.severity for one in found.values()} == {"well"}, found
     assert found["kit"].remedy.startswith("the coordinator's key is SHA256:")
-    assert found["images"].found == "12 of 6 patients; CR 12"
+    assert found["images"].found == "12 images of 6 patients; modality CR 12"
     assert found["files"].found == "12 files: 12 read, 0 copies of others, 0 no images, 0 opted out, 0 excluded"
     assert found["connection"].found == f"{known(kits).address} answers, and its certificate holds"
     assert found["time"].found.startswith("about ") and " s a round on cpu" in found["time"].found
@@ -330,6 +330,22 @@ def test_a_file_whose_header_says_so_is_drawn_with_the_suspects(kits: Path) -> N
     before = height()
     write_dicom(kits / "lyon/images/said.dcm", some_pixels(50, (40, 40)) // 2, BurnedInAnnotation="YES")
     assert height() > before, "a row below the others"
+
+
+def test_what_the_sites_own_minimum_would_refuse_each_round_is_a_problem(kits: Path) -> None:
+    change(kits, "[coordinator]", "[minimum]\nimages = 13\n\n[coordinator]")
+    found = checked(kits)["minimum"]
+    assert found.severity == "problem" and "fewer than 13 images" in found.found
+    assert "minimum" not in checked(kits, tiny(**PRIVATE)), "with noise at the site it does not hold"
+
+
+def test_labelled_images_that_are_not_there_are_a_problem_found_beside_site_toml(kits: Path) -> None:
+    change(kits, "[coordinator]", '[evaluation]\nfolder = "lent"\n\n[coordinator]')
+    found = checked(kits)["scores"]
+    assert found.severity == "problem" and "LABELLED stands in .env" in found.remedy
+    (kits / "lyon" / "lent").mkdir()
+    (kits / "lyon" / "lent" / "labels.csv").touch()
+    assert checked(kits)["scores"].severity == "well"
 
 
 def test_initial_weights_that_are_elsewhere_are_a_warning(kits: Path) -> None:

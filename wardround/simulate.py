@@ -1,6 +1,7 @@
 """A whole federation in one process: production's ServerApp and ClientApp over a Grid of ten lines."""
 
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from wardround.client.app import app as client_app
 from wardround.config import FederationConfig, read_site
 from wardround.config.privacy import UnitPrivacyConfig
+from wardround.config.strict import NAME, NAMES
 from wardround.data import SiteImages, labelled_sites, open_site
 from wardround.errors import ConfigError, DataError
 from wardround.plan import Plan, resolve
@@ -70,12 +72,20 @@ def choose_sites(config: FederationConfig, data: Path) -> list[str]:
     """Return the sites of a folder that take part. Raises DataError or ConfigError where there are none."""
     if not data.is_dir():
         raise DataError(f"{data}: is no folder; give --data the folder of a labels.csv, or one with a folder a site.")
-    found = labelled_sites(data) if _labelled(data) else sorted(p.name for p in data.iterdir() if p.is_dir())
+    found = labelled_sites(data) if _labelled(data) else _folders(data)
     if not found:
         raise DataError(f"{data}: has neither a labels.csv nor a folder a site; nothing to train on.")
     if missing := sorted(config.membership.sites.keys() - set(found)):
         raise ConfigError(f"[membership] sites: '{missing[0]}' is not in {data}, which has {', '.join(found)}.")
-    return sorted(config.membership.sites) or found
+    taking_part = sorted(config.membership.sites) or found
+    if wrong := [site for site in taking_part if not re.match(NAME, site)]:
+        raise DataError(f"{data}: '{wrong[0]}' cannot be a site's name: expected {NAMES}. Rename it there.")
+    return taking_part
+
+
+def _folders(data: Path) -> list[str]:
+    """Return the names of the folders in a folder, but hidden ones."""
+    return sorted(path.name for path in data.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _write_sites(config: FederationConfig, plan: Plan, data: Path, out: Path, threads: int) -> dict[str, Path]:

@@ -52,6 +52,7 @@ def check(site: SiteConfig, path: Path, config: FederationConfig) -> tuple[list[
     images: SiteImages | None = None
     _told(found, "kit", _kit, site, path)
     _told(found, "folders", _folders, site, path)
+    _told(found, "scores", _scores, site)
     _told(found, "connection", _connection, site)
     with _problem(found, "images"):
         images = open_site(site, config.data)
@@ -66,6 +67,7 @@ def check(site: SiteConfig, path: Path, config: FederationConfig) -> tuple[list[
             _told(found, "approval", _approval, site, plan)
             _told(found, "time", _time, site, plan)
             _told(found, "disk", _disk, site, plan, images)
+            _told(found, "minimum", _minimum, site, plan, images)
             _told(found, "ledger", _ledger, site, plan)
     _told(found, "audit log", _log, site)
     return found, images
@@ -122,6 +124,17 @@ def _folders(site: SiteConfig, path: Path) -> list[Finding]:
     return [Finding("folders", "the images' is there, and the work folder can be written")]
 
 
+def _scores(site: SiteConfig) -> list[Finding]:
+    """Say whether the labelled images that the site lends are there."""
+    if site.evaluation is None:
+        return []
+    folder = site.evaluation.folder
+    if not (folder / "labels.csv").is_file():
+        remedy = "correct [evaluation] folder; in a container it is /data/labelled, for which LABELLED stands in .env"
+        return [Finding("scores", f"{folder} has no labels.csv", "problem", remedy)]
+    return [Finding("scores", "the labelled folder that they are measured on is there")]
+
+
 def _connection(site: SiteConfig) -> list[Finding]:
     """Say whether the coordinator answers, how far the clocks are apart, and when certificates end."""
     if site.coordinator is None:
@@ -155,7 +168,7 @@ def _clock(ahead: float) -> Finding:
 def _images(images: SiteImages) -> list[Finding]:
     index = images.index
     kinds = ", ".join(f"{name} {count:,}" for name, count in index.modalities.items())
-    found = [Finding("images", f"{images.num_images:,} of {images.num_patients:,} patients; {kinds}")]
+    found = [Finding("images", f"{images.num_images:,} images of {images.num_patients:,} patients; modality {kinds}")]
     others = sum(reason.startswith(NO_IMAGE) for _, reason in index.quarantined)
     counts = {
         "read": index.read,
@@ -235,6 +248,13 @@ def _disk(site: SiteConfig, plan: Plan, images: SiteImages | None) -> list[Findi
     said = f"{free / 1e6:,.0f} MB are free, and a round with new images may take {needed / 1e6:,.0f} MB"
     lacks = ("problem", "make room, or set 'work' to another disk") if free < needed else ()
     return [Finding("disk", said, *lacks)]
+
+
+def _minimum(site: SiteConfig, plan: Plan, images: SiteImages | None) -> list[Finding]:
+    """Raise PolicyRefusal where the site's own minimum would refuse each round; else there is nothing to say."""
+    if images is not None:
+        policy.refuse_few(site, plan.protocol, images.num_images)
+    return []
 
 
 def _ledger(site: SiteConfig, plan: Plan) -> list[Finding]:

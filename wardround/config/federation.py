@@ -17,7 +17,7 @@ from wardround.config.membership import EvaluationSetConfig, MembershipConfig
 from wardround.config.method import MAEConfig, MethodConfig
 from wardround.config.privacy import NoPrivacyConfig, PrivacyConfig
 from wardround.config.release import ReleaseConfig
-from wardround.config.strict import Name, Strict, digest
+from wardround.config.strict import NAMES, Name, Strict, digest
 from wardround.config.views import COMPARED_CROP, ViewsConfig
 
 Encoding = Literal["float32", "bfloat16", "int8"]
@@ -204,7 +204,7 @@ class TrainingConfig(Strict):
 class Recipe(Strict):
     """How a state is trained: all that both files below share."""
 
-    name: Name = Field(description="The federation's name.")
+    name: Name = Field(description=f"The federation's name: {NAMES}.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="The experiment's seed; never that of DP noise.")
     encoding: Encoding = Field(
         default="float32",

@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from wardround.config.hours import LocalHours, within
 from wardround.config.privacy import Delta, Epsilon
-from wardround.config.strict import Name, Strict, read_toml
+from wardround.config.strict import NAMES, Name, Strict, read_toml
 from wardround.errors import ConfigError
 
 
@@ -179,7 +179,7 @@ class SiteConfig(Strict):
     """Everything one hospital sets for itself."""
 
     format: Literal[1] = Field(description="The version of this file's format.")
-    name: Name = Field(description="The site's name in the federation.")
+    name: Name = Field(description=f"The site's name in the federation: {NAMES}.")
     images: ImagesConfig = Field(description="The site's images.")
     work: Path = Field(description="A folder for the cache, the journal and the site memory; the only one written.")
     approved: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
@@ -213,7 +213,9 @@ class SiteConfig(Strict):
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads for training; 0 means all.")
     device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto takes a GPU where there is one."
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="cpu, cuda, or cuda:1 and so on; auto takes a GPU where there is one.",
     )
     devices: int = Field(
         default=1, ge=1, le=64, description="GPUs, or processes on CPUs, that share each batch; gradients are the same."
@@ -256,6 +258,8 @@ def read_site(path: Path) -> SiteConfig:
     changes: dict[str, object] = {"images": images, "work": home / site.work}
     if site.privacy is not None and site.privacy.ledger is not None:
         changes["privacy"] = site.privacy.model_copy(update={"ledger": home / site.privacy.ledger})
+    if site.evaluation is not None:
+        changes["evaluation"] = site.evaluation.model_copy(update={"folder": home / site.evaluation.folder})
     if (known := site.coordinator) is not None:
         paths = {"ca_certificate": home / known.ca_certificate, "private_key": home / known.private_key}
         paths["signing_key"] = home / known.signing_key

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from wardround.errors import ConfigError
 
 # What may name a site or a federation: it becomes a file name, so no separators and no leading dot.
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+NAMES = "letters from A to Z, digits, '.', '_' and '-', at most 63 of them, a letter or digit first"
+Name = Annotated[str, StringConstraints(pattern=NAME)]
 
 
 class Strict(BaseModel):
@@ -61,7 +63,7 @@ def parse(raw: dict[str, Any], model: type[Model], where: str) -> Model:
     except ValidationError as error:
         # A misspelt key first: that another is missing, as likely as not, is the same mistake.
         problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-        rest = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        rest = f" (mistakes besides this one: {len(problems) - 1})" if len(problems) > 1 else ""
         found = f"{_problem(problems[0], model)}{rest}"
         raise ConfigError(f"{where}: {found}{'' if found.endswith('?') else '.'}") from error
 
@@ -97,6 +99,8 @@ def _problem(problem: Any, model: type[Strict]) -> str:
         return f"is of format {problem['input']}; this Wardround reads format 1. Use the release that wrote it"
     found = json.dumps(problem["input"], default=str)
     field = model.model_fields.get(key)
+    if problem["type"] == "string_pattern_mismatch" and problem["ctx"]["pattern"] == NAME:
+        return f"{section}{key} = {found[:80]}: expected {NAMES}"
     if problem["type"] == "string_pattern_mismatch" and field and field.description:
         return f"{section}{key} = {found[:80]}: has not the form of what it is for: {field.description.rstrip('.')}"
     expected = problem["msg"][:1].lower() + problem["msg"][1:]

@@ -28,8 +28,8 @@ class Splits:
 def split(images: LabelledImages, seed: int = 0, force: bool = False) -> Splits:
     """Return the splits of a set; where there is no `val`, a fifth of train is taken for it, by patient.
 
-    Raises DataError for a patient in two splits, unless forced, which the notes then say; and for a class
-    that is missing from a split, or that all its images have.
+    Raises DataError for a patient in two splits, unless forced, which the notes then say; for a split without an
+    image; and for a class that is missing from a split, or that all its images have.
     """
     places, notes = _places(images.splits, images.patients, force)
     if not can_tell(images.labels):
@@ -50,11 +50,9 @@ def split_masked(images: MaskedImages, seed: int = 0, force: bool = False) -> Sp
     """
     places, notes = _places(images.splits, images.patients, force)
     for name in ("train", "test"):
-        if not len(found := places[name]):
-            known = ", ".join(sorted(set(images.splits.tolist())))
-            raise DataError(f"evaluation set: no row of labels.csv has split {name}; its splits are {known}.")
-        if not images.masks[found].any():
-            raise DataError(f"evaluation set: all {len(found)} masks of split {name} are empty; nothing can be told.")
+        if not images.masks[places[name]].any():
+            count = len(places[name])
+            raise DataError(f"evaluation set: all {count} masks of split {name} are empty; nothing can be told.")
     if not len(places["val"]):
         notes.append(_take_val(np.zeros(len(images.images), np.int64), images.patients, places, seed))
     return Splits(**places, notes=tuple(notes))
@@ -66,9 +64,16 @@ Places = dict[str, NDArray[np.int64]]
 def _places(splits: NDArray[np.str_], patients: NDArray[np.int64], force: bool) -> tuple[Places, list[str]]:
     """Return the images of each split, and what a reader must know of them."""
     places = {name: np.flatnonzero(splits == name) for name in SPLITS}
-    notes = []
+    notes, known = [], sorted(set(splits.tolist()))
+    for name in ("train", "test"):
+        if not len(places[name]):
+            raise DataError(
+                f"evaluation set: no row of labels.csv has split {name}; its splits are {', '.join(known)}. "
+                "The words are train, val and test."
+            )
     if others := len(splits) - sum(len(found) for found in places.values()):
-        notes.append(f"{others} images of other splits than train, val and test are left out")
+        names = ", ".join(f"'{name}'" for name in known if name not in SPLITS)
+        notes.append(f"{others} images of the splits {names} are left out: the words are train, val and test")
     if shared := _shared_patients(patients, places):
         if not force:
             raise DataError(
