@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, TINY, merged, tiny, to_toml
 from pydantic.fields import FieldInfo
 
-from wardround.config import FederationConfig, SiteConfig, Strict, parse, read_site, read_toml
+from wardround.config import FederationConfig, SiteConfig, Strict, parse, read_federation, read_site, read_toml
 from wardround.config.strict import models_in
 from wardround.errors import ConfigError
 
@@ -150,3 +150,18 @@ def test_a_sites_relative_paths_count_from_its_own_file(tmp_path: Path) -> None:
         Path("/data"),
         tmp_path / "no.txt",
     )
+
+
+def test_a_federations_folder_of_images_counts_from_its_own_file_and_leaves_the_digest(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    found = []
+    for folder in ("images", "/data/labelled"):
+        path.write_text(to_toml({**TINY, "evaluation_set": {"kind": "labelled", "folder": folder}}))
+        found.append(read_federation(path))
+    assert [one.evaluation_set and one.evaluation_set.folder for one in found] == [
+        tmp_path / "images",
+        Path("/data/labelled"),
+    ]
+    path.write_text(to_toml(TINY))
+    assert read_federation(path) == read_toml(path, FederationConfig)
+    assert {one.protocol("0" * 64).digest() for one in found} == {tiny().protocol("0" * 64).digest()}

@@ -61,3 +61,39 @@ def test_an_error_while_a_folder_is_written_leaves_nothing(tmp_path: Path) -> No
         (aside / "model.safetensors").write_bytes(b"half")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def named(folder: Path, content: str) -> Path:
+    folder.mkdir()
+    (folder / "file").write_text(content)
+    return folder
+
+
+def test_a_folder_takes_the_place_of_the_former_only_when_it_is_whole(tmp_path: Path) -> None:
+    former = named(tmp_path / "release", "before")
+    with pytest.raises(ZeroDivisionError), new_folder(former, replace=True) as aside:
+        raise ZeroDivisionError
+    with new_folder(former, replace=True) as aside:
+        (aside / "file").write_text("after")
+        assert (former / "file").read_text() == "before"
+    assert (former / "file").read_text() == "after" and list(tmp_path.iterdir()) == [former]
+
+
+@pytest.mark.parametrize("killed", [1, 2], ids=["between the two renames", "before the former is deleted"])
+def test_a_kill_while_a_folder_is_replaced_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: int
+) -> None:
+    former, done, really = named(tmp_path / "release", "before"), list[Path](), Path.rename
+
+    def rename(path: Path, to: Path) -> Path:
+        done.append(really(path, to))
+        if len(done) == killed:
+            raise KeyboardInterrupt
+        return to
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), new_folder(former, replace=True) as aside:
+        (aside / "file").write_text("after")
+        patch.setattr(Path, "rename", rename)
+    with pytest.raises(ZeroDivisionError), new_folder(former, replace=True):
+        raise ZeroDivisionError
+    assert (former / "file").read_text() == ["before", "after"][killed - 1] and list(tmp_path.iterdir()) == [former]

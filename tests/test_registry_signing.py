@@ -12,6 +12,7 @@ from released import KEY, OTHER, OTHER_PIN, PIN, write_release
 
 from wardround.errors import CheckpointError, ConfigError
 from wardround.registry import release, signing
+from wardround.registry.source import release_folder
 
 
 @pytest.fixture
@@ -114,3 +115,43 @@ def test_a_fingerprint_is_what_ssh_keygen_prints(tmp_path: Path) -> None:
     path.write_bytes(KEY.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     shown = subprocess.run(["ssh-keygen", "-lf", path], capture_output=True, text=True, check=True).stdout
     assert shown.split()[1] == PIN
+
+
+def taken(source: Path, trust: str | None = None) -> Path:
+    with release_folder(source, trust=trust) as folder:
+        return folder
+
+
+def test_a_folder_is_verified_against_the_pin_where_there_is_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "protocol.json").write_text("{}")
+    shutil.copytree(folder, run / "release")
+    for source in (folder, run):
+        assert taken(source) == taken(source, PIN) == taken(source, f"{OTHER_PIN},{PIN}")
+        with pytest.raises(CheckpointError, match=rf"is signed by {PIN.replace('+', '.')}, expected"):
+            taken(source, OTHER_PIN)
+    with pytest.raises(ConfigError, match="trust 'yes': is no fingerprint"):
+        taken(folder, "yes")
+    monkeypatch.setenv("WARDROUND_TRUST", OTHER_PIN)
+    with pytest.raises(CheckpointError, match="is signed by"):
+        taken(folder)
+    assert taken(folder, PIN) == folder, "what is given goes before the environment"
+
+
+def test_a_pin_refuses_a_folder_with_a_file_more_than_was_signed(folder: Path) -> None:
+    (folder / "added.py").write_text("import this")
+    assert taken(folder) == folder
+    with pytest.raises(CheckpointError, match=r"'added.py' is not as it was signed"):
+        taken(folder, PIN)
+
+
+def test_a_folder_without_a_signature_is_refused_where_a_key_is_pinned_and_the_line_says_what_to_do(
+    tmp_path: Path,
+) -> None:
+    bare = write_release(tmp_path / "bare", "lungs", 1, key=None)
+    assert taken(bare) == bare
+    with pytest.raises(CheckpointError, match=r"expected SHA256:.*leave out --trust and WARDROUND_TRUST"):
+        taken(bare, PIN)

@@ -17,7 +17,7 @@ from wardround.config import FederationConfig, digest, parse
 from wardround.downstream import segment
 from wardround.downstream.evaluate import Request, evaluate_backbone
 from wardround.downstream.load import load_backbone
-from wardround.errors import CheckpointError, ConfigError
+from wardround.errors import CheckpointError, ConfigError, DataError
 from wardround.plan import resolve
 from wardround.provision import lines, provision
 from wardround.registry import release, signing
@@ -206,13 +206,56 @@ def test_scores_of_an_evaluation_stand_in_the_lineage_in_place_of_probes(tmp_pat
     assert said["evaluation"]["by"].startswith("wardround evaluate, as whoever registered it said")
     other = tmp_path / "other.json"
     other.write_text(json.dumps(scores(classes=["a", "c"])))
-    assert read_scores(other, "0" * 64)["set"] != read_scores(path, "0" * 64)["set"]
+    assert read_scores(other)[1]["set"] != read_scores(path)[1]["set"]
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        (None, "scores.json: cannot be read: No such file or directory.$"),
+        ("no json", "is not what 'wardround evaluate --out' writes"),
         (json.dumps(scores(weights="1" * 64)), "is of other weights"),
+    ],
+)
+def test_scores_that_are_refused_leave_the_release_that_is_there(
+    tmp_path: Path, content: str | None, words: str
+) -> None:
+    run = trained(tmp_path / "run")
+    before = release.check(export(run))
+    if content is not None:
+        (tmp_path / "scores.json").write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        export(run, scores=tmp_path / "scores.json")
+    assert release.check(run.path / "release") == before
+    assert not list(run.path.glob(".release*"))
+
+
+def test_scores_that_cannot_be_read_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(tmp_path / "run")
+    monkeypatch.setattr("wardround.backbones.save_release", None)  # whoever calls it fails
+    with pytest.raises(ConfigError, match="cannot be read"):
+        export(run, scores=tmp_path / "scores.json")
+
+
+def test_a_release_stays_where_the_next_one_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(tmp_path / "run")
+    before = release.check(export(run))
+    stricter = parse({**run.config.model_dump(mode="json"), "release": {"tolerance": 0.5}}, FederationConfig, "x")
+
+    def fails(*_: Any) -> None:
+        raise DataError("the images are gone")
+
+    monkeypatch.setattr("wardround.server.release.measure", fails)
+    with pytest.raises(DataError):
+        export(dataclasses.replace(run, config=stricter))
+    assert release.check(run.path / "release") == before
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
         (json.dumps(scores(rows=[])), "is not what 'wardround evaluate --out' writes"),
         ("[1, 2]", "is not what 'wardround evaluate --out' writes"),
         ("no json", "is not what 'wardround evaluate --out' writes"),
@@ -221,7 +264,7 @@ def test_scores_of_an_evaluation_stand_in_the_lineage_in_place_of_probes(tmp_pat
 def test_scores_of_something_else_are_refused(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "scores.json").write_text(content)
     with pytest.raises(ConfigError, match=words):
-        read_scores(tmp_path / "scores.json", "0" * 64)
+        read_scores(tmp_path / "scores.json")
 
 
 def test_a_networks_run_is_released_by_its_coordinators_key_alone(run: RunFolder, tmp_path: Path, store: str) -> None:

@@ -24,7 +24,7 @@ from warm import program
 import wardround.simulate
 from wardround.errors import CheckpointError, ConfigError
 from wardround.logs import JsonFormatter, message
-from wardround.processes import NewLines, free_port
+from wardround.processes import NewLines, alone, free_port
 from wardround.report.status import Status, show, to_json, view
 from wardround.server import app, live
 from wardround.server.live import Live, Now, read_live
@@ -182,6 +182,34 @@ def test_a_refusal_shows_while_the_round_is_still_open(tmp_path: Path) -> None:
     assert opened is not None
     assert (opened.awaited, opened.refused, opened.deadline) == (["lyon"], {"oslo": "policy: not approved"}, 5e9)
     assert "Round 1, without 'oslo': policy: not approved" in text(Watch(run.path).look())
+
+
+def test_a_site_that_said_nothing_is_silent_and_one_that_said_no_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(Cut):
+        run_rounds(run, Sites(run, cut_after=1), ignore)
+    refused = {"lyon": (1, "silent: was not connected after 600 s"), "oslo": (1, "policy: not approved")}
+    Live(run.path).tell(Now(time.time(), [], {}, {}, refused))
+    sites = Watch(run.path).look().sites
+    assert {site: one.doing for site, one in sites.items()} == {"lyon": "silent", "oslo": "refused", "wien": "arrived"}
+
+
+def test_a_coordinator_that_has_ended_is_told_of_and_one_that_runs_is_not(tmp_path: Path) -> None:
+    run, ended = make_run(tmp_path / "run"), "has ended: start the same command again to go on"
+    with pytest.raises(Cut):
+        run_rounds(run, Sites(run, cut_after=1), ignore)
+    Live(run.path).tell(Now(time.time(), ["lyon"], {}, {"lyon": (1, 5e9)}))
+    with alone(run.path / "flower", "wardround coordinate"):
+        status = Watch(run.path).look()
+        assert status.open is not None and (status.open.state, status.open.deadline) == ("training", 5e9)
+        assert ended not in text(status)
+    status = Watch(run.path).look()
+    assert status.open is not None and (status.open.state, status.open.deadline) == ("ended", None)
+    assert f"Round 1: the coordinator {ended}; 1 arrived; awaited: lyon, oslo." in text(status)
+    late = text(status, time.time() + 600)
+    assert "last gave word 10 min ago." in late and "busy" not in late
+    with alone(run.path / "flower", "wardround coordinate"):
+        pass  # whoever looked holds nothing
 
 
 def test_a_finished_run_is_still_told_of(watched: tuple[RunFolder, list[Status]]) -> None:

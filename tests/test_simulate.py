@@ -79,6 +79,19 @@ def wardround(command: list[str]) -> None:
     subprocess.run([str(program() / "wardround"), *command], cwd=ROOT, check=True)
 
 
+def test_the_coordinators_images_lie_beside_its_file_wherever_a_command_is_started(
+    command: list[str], data: Path, tmp_path: Path
+) -> None:
+    public = {"evaluation_set": {"kind": "labelled", "folder": "public"}}
+    (tmp_path / "tiny.toml").write_text(to_toml(merged(TINY, public)))
+    (tmp_path / "public").symlink_to(data)
+    wardround(command)
+    chosen = open_run(tmp_path / "run").config.evaluation_set
+    assert chosen is not None and chosen.folder == tmp_path / "public"
+    wardround(["report", str(tmp_path / "run")])
+    assert "[evaluation_set]" not in (tmp_path / "run" / "report.html").read_text(), "it has pictures"
+
+
 def test_killed_while_mlflows_database_is_made_it_goes_on(
     whole: RunFolder, command: list[str], store: str, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from wardround.config import FederationConfig, read_toml
+from wardround.config import read_federation
 from wardround.data import positioning_set, write_hospitals
 from wardround.downstream.evaluate import Evaluation, compare
 from wardround.registry.mlflow_store import Store
@@ -23,7 +23,7 @@ HELD_OUT_SEED = 20_260_101  # phantoms of patients that no hospital has
 def run_demo(out: Path, tracking: str, console: Console) -> None:
     """Run the demo in a run folder; an unfinished one goes on."""
     started = time.monotonic()
-    config = read_toml(CONFIG, FederationConfig)
+    config = read_federation(CONFIG)
 
     console.rule("1 of 5: three hospitals write DICOM", align="left")
     hospitals = out / "hospitals"

@@ -123,6 +123,16 @@ def alone(home: Path, name: str) -> Iterator[None]:
         yield
 
 
+def was_left(home: Path) -> bool:
+    """Return whether a process held a folder as `alone` does and has ended, however; False where none ever did."""
+    try:
+        with (home / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until the file is closed, at once
+            return True
+    except OSError:  # there is none, it is held, or it is another account's
+        return False
+
+
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
     """Make SIGTERM, which containers and systemd send, do what Ctrl-C does."""

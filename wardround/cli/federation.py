@@ -15,9 +15,9 @@ def check(
     curve: Annotated[Path | None, typer.Option(help="Draw epsilon over rounds here, as PNG.")] = None,
 ) -> None:
     """Say what a config resolves to: protocol digest, sizes, bytes a round, memory, time, and privacy spent."""
-    from wardround.config import FederationConfig, named, read_toml
+    from wardround.config import named, read_federation
 
-    federation = read_toml(config, FederationConfig)
+    federation = read_federation(config)
 
     from wardround.plan import budgets, cost, resolve
     from wardround.report.curves import draw_epsilon
@@ -43,9 +43,9 @@ def simulate(
     threads: Annotated[int, typer.Option(help="CPU threads; 0 means all.")] = 0,
 ) -> None:
     """Run a whole federation in this process, over the sites of a folder."""
-    from wardround.config import FederationConfig, named, read_toml
+    from wardround.config import named, read_federation
 
-    federation = read_toml(config, FederationConfig)
+    federation = read_federation(config)
 
     from wardround.report.tables import index_table, left_out_lines, rounds_table
     from wardround.simulate import index_sites, simulate
@@ -72,9 +72,9 @@ def demo(out: Out = Path("runs/demo"), tracking: Tracking = None) -> None:
 
 def constants(config: Config, data: Data) -> None:
     """Compute the mean and std of a config's data section on a public labelled folder."""
-    from wardround.config import FederationConfig, read_toml
+    from wardround.config import read_federation
 
-    federation = read_toml(config, FederationConfig)
+    federation = read_federation(config)
 
     from wardround.data import channel_constants
 
@@ -102,12 +102,12 @@ def coordinate(
     ] = None,
 ) -> None:
     """Start the coordinator's server and run the federation's rounds with the sites that connect."""
-    from wardround.config import FederationConfig, read_toml
+    from wardround.config import read_federation
     from wardround.server.membership import read_membership
     from wardround.server.metrics import serving
     from wardround.server.superlink import coordinate
 
-    name = read_toml(config, FederationConfig).name
+    name = read_federation(config).name
     port = port or int(read_membership(kit).address.rpartition(":")[2])
     with serving(out, metrics):
         coordinate(config, kit, out, port, tracking or default_tracking(), host)

@@ -32,10 +32,10 @@ def provision_kits(
     `wardround provision FEDERATION.toml` does the same. A second run adds what is missing, overwrites nothing, and
     signs what the file says by now of sites and patience; a running coordinator takes that over between rounds.
     """
-    from wardround.config import FederationConfig, named, read_toml
+    from wardround.config import named, read_federation
     from wardround.provision import lines, prepare, provision
 
-    federation = read_toml(config, FederationConfig)
+    federation = read_federation(config)
     with named(config):
         membership = (prepare if keys_at_sites else provision)(federation, out, address=address)
     typer.echo("\n".join(lines(out)))

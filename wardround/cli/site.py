@@ -38,9 +38,9 @@ def site_check(
 
     Ends with 0 where all is well, 3 where there are warnings, 2 where there are problems.
     """
-    from wardround.config import FederationConfig, read_site, read_toml
+    from wardround.config import read_federation, read_site
 
-    own, federation = read_site(site), read_toml(config, FederationConfig)
+    own, federation = read_site(site), read_federation(config)
 
     from wardround.client.check import check, raise_for, to_do, worst
     from wardround.report.tables import check_table, left_out_lines

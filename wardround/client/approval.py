@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from wardround.config import FederationConfig, Protocol, SiteConfig, Strict, named, parse, read_toml
+from wardround.config import FederationConfig, Protocol, SiteConfig, Strict, named, parse, read_federation
 from wardround.config.privacy import SitePrivacyConfig
 from wardround.config.site import ApproveConfig
 from wardround.errors import ConfigError, WardroundError
@@ -243,7 +243,7 @@ def _one(reference: str, known: Mapping[str, Any], holds: str) -> str:
 
 
 def _of_file(path: str) -> Protocol:
-    config = read_toml(Path(path), FederationConfig)
+    config = read_federation(Path(path))
     with named(Path(path)):
         if (why := out_of_reach(config)) is not None:
             raise ConfigError(f"{path}: initial_weights: {why} Or {BY_DIGEST}.")

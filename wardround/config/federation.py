@@ -17,7 +17,7 @@ from wardround.config.membership import EvaluationSetConfig, MembershipConfig
 from wardround.config.method import MAEConfig, MethodConfig
 from wardround.config.privacy import NoPrivacyConfig, PrivacyConfig
 from wardround.config.release import ReleaseConfig
-from wardround.config.strict import NAMES, Name, Strict, digest
+from wardround.config.strict import NAMES, Name, Strict, digest, read_toml
 from wardround.config.views import COMPARED_CROP, ViewsConfig
 
 Encoding = Literal["float32", "bfloat16", "int8"]
@@ -373,3 +373,14 @@ class FederationConfig(Recipe):
         """Return the part that sites approve, bound to the hash of the first state."""
         shared = {name: getattr(self, name) for name in Recipe.model_fields}
         return Protocol(**shared, initial_state=initial_state)
+
+
+def read_federation(path: Path) -> FederationConfig:
+    """Return a federation's file; a relative folder of [evaluation_set] counts from its folder. Raises ConfigError."""
+    config = read_toml(path, FederationConfig)
+    chosen = config.evaluation_set
+    if chosen is None or chosen.folder is None:
+        return config
+    # Absolute from here on: later commands read it from the run folder, and may be started anywhere.
+    chosen = chosen.model_copy(update={"folder": path.resolve().parent / chosen.folder})
+    return config.model_copy(update={"evaluation_set": chosen})

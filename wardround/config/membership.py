@@ -110,7 +110,7 @@ class EvaluationSetConfig(Strict):
     kind: Literal["procedural", "labelled"] = Field(
         description="procedural: generated phantoms. labelled: a folder with labels.csv."
     )
-    folder: Path | None = Field(default=None, description="labelled: the folder.")
+    folder: Path | None = Field(default=None, description="labelled: the folder, relative to this file.")
     count: int = Field(default=64, ge=8, le=100_000, description="procedural: how many images.")
 
     @model_validator(mode="after")

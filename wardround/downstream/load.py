@@ -32,7 +32,7 @@ def load_backbone(
     Where stock timm would build another function from the same weights, Wardround builds the network.
 
     `source` is a release folder, a finished run folder, `NAME@alias` or `NAME/version`; the latter two
-    are fetched from MLflow at `uri`, by default $MLFLOW_TRACKING_URI, and their signature compared with the
+    are fetched from MLflow at `uri`, by default $MLFLOW_TRACKING_URI. The signature is compared with the
     fingerprint in `trust`, by default $WARDROUND_TRUST. Another `in_chans` or `img_size`
     adapts the trained weights; with `features_only` the model returns the maps of its stages.
     Raises ConfigError for arguments that this backbone cannot take, CheckpointError for a damaged release.

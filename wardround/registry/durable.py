@@ -48,23 +48,37 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Give a folder to write into; leaving the block renames it to `path`: that rename is the commit.
 
-    After an error nothing is left of it; what a crash left half-written is removed by the next try.
+    After an error nothing is left of it; what a crash left half-written is removed by the next try. `replace` puts it
+    in the place of a folder that is there, which until then stays; a crash between the two renames leaves it
+    aside, and the next try puts it back first.
     """
-    aside = path.with_name(f".{path.name}.partial")
+    aside, former = (path.with_name(f".{path.name}.{what}") for what in ("partial", "former"))
     with _disk_errors(path):
+        _put_back(path, former)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
             yield aside
             sync(aside)
+            if replace and path.exists():
+                path.rename(former)  # no folder is renamed over one that holds files
             aside.rename(path)
         except Exception:
+            _put_back(path, former)
             shutil.rmtree(aside, ignore_errors=True)
             raise
         sync(path.parent)
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def _put_back(path: Path, former: Path) -> None:
+    """Undo a replacement that was cut in the middle; remove what was replaced, where it was not."""
+    if former.exists() and not path.exists():
+        former.rename(path)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -109,7 +109,10 @@ def check(folder: Path, hashes: dict[str, str], name: str, trust: str | None = N
     who, pinned = who or str(folder), pins(trust)
     if MANIFEST not in hashes:
         if pinned:
-            raise CheckpointError(f"{who}: is not signed, expected {_or(pinned)}; refused.")
+            raise CheckpointError(
+                f"{who}: is not signed, expected {_or(pinned)}; refused. Name a signed one; to take it from whomever "
+                f"it is, leave out --trust and {TRUST}."
+            )
         return None
     signed = read_manifest((folder / MANIFEST).read_bytes(), who)
     here = {file: value for file, value in hashes.items() if file != MANIFEST}

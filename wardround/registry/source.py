@@ -19,12 +19,13 @@ def release_folder(source: str | Path, uri: str | None = None, trust: str | None
     """Give the verified release folder of a source; a pulled one lasts as long.
 
     `source` is a release folder, a finished run folder, `NAME@alias` or `NAME/version`; the latter two
-    are fetched from MLflow at `uri`, by default $MLFLOW_TRACKING_URI, and signed by one of the fingerprints in
-    `trust`, by default $WARDROUND_TRUST; where neither pins one, a warning says that the origin is not verified.
+    are fetched from MLflow at `uri`, by default $MLFLOW_TRACKING_URI. It is signed by one of the fingerprints in
+    `trust`, by default $WARDROUND_TRUST; where neither pins one, a warning says of what was fetched that its origin
+    is not verified.
     Raises ConfigError for a source that is none, CheckpointError for a release that is damaged, of another
     signer, or not there yet.
     """
-    path = Path(source)
+    path, pinned = Path(source), trust or signing.pinned_here()
     if path.is_dir():
         if (path / "protocol.json").exists():  # a run folder
             path = path / "release"
@@ -32,7 +33,12 @@ def release_folder(source: str | Path, uri: str | None = None, trust: str | None
                 raise CheckpointError(
                     f"{source}: the run has released nothing yet; start its command again to finish it."
                 )
-        release.check(path)
+        hashes = release.check(path)
+        if pinned:
+            # Of whatever name it was signed: nobody asked for one.
+            manifest = path / signing.MANIFEST
+            name = signing.read_manifest(manifest.read_bytes(), str(path)).name if manifest.exists() else ""
+            signing.check(path, hashes, name, pinned)
         yield path
         return
     if not re.fullmatch(r"(models:/)?[^/@]+(@[^/@]+|/\d+)", str(source)):
@@ -47,7 +53,6 @@ def release_folder(source: str | Path, uri: str | None = None, trust: str | None
         )
     from wardround.registry.mlflow_store import Store  # takes two seconds, which a folder need not wait for
 
-    pinned = trust or signing.pinned_here()
     with tempfile.TemporaryDirectory() as aside:
         folder = Store(address).pull(str(source), Path(aside) / "release", pinned)
         if not pinned:

@@ -22,7 +22,7 @@ from wardround.update import WITHHELD
 REFRESH = 1.0  # seconds
 
 # What a site does in the open round.
-Doing = Literal["", "asked", "arrived", "refused", "waited for"]
+Doing = Literal["", "asked", "arrived", "refused", "silent", "waited for"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class OpenRound:
     """The round that is not committed yet."""
 
     number: int
-    state: Literal["not begun", "waiting for sites", "training", "folding"]
+    state: Literal["not begun", "waiting for sites", "training", "folding", "ended"]  # ended: the coordinator has
     deadline: float | None  # of the site that has longest, in seconds since 1970
     awaited: list[str]
     arrived: list[str]
@@ -162,7 +162,9 @@ def _open_lines(status: Status, now: float) -> list[str]:
     if status.open is None:
         return []
     one = status.open
-    line = f"Round {one.number}: {one.state}"
+    ended = one.state == "ended"
+    state = "the coordinator has ended: start the same command again to go on" if ended else one.state
+    line = f"Round {one.number}: {state}"
     if one.deadline is not None:
         line += f", {span(one.deadline - now)} to its deadline"
     line += f"; {len(one.arrived)} arrived"
@@ -172,8 +174,8 @@ def _open_lines(status: Status, now: float) -> list[str]:
     if status.heard is None:
         lines.append("Nobody has worked on this run yet.")
     elif now - status.heard > 60:
-        ago = span(now - status.heard)
-        lines.append(f"The process of the rounds last gave word {ago} ago: it is busy by itself, or has ended.")
+        why = "" if ended else ": it is busy by itself, or has ended"
+        lines.append(f"The process of the rounds last gave word {span(now - status.heard)} ago{why}.")
     return lines
 
 

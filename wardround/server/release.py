@@ -6,7 +6,6 @@ RUN/releases/00002/    an earlier one
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +47,7 @@ def export(
 
     `rows` are the registered versions, among which its parent is; `scores` what `wardround evaluate --out` wrote of
     it, in place of probes on the evaluation set. Unless a key is given, the run folder's own signs. A release that is
-    there, and is of the same config and signer, is left as it is.
+    there, and is of the same config and signer, is left as it is; any other, until the new one is whole.
     Raises ConfigError for a round that is not committed, scores that are none of this backbone, and for batch
     normalisation without an evaluation set, whose images give its statistics.
     """
@@ -61,15 +60,19 @@ def export(
         return folder
     from wardround.backbones import save_release
 
+    of, evaluation = read_scores(scores) if scores else (None, None)  # first: the rest takes minutes
     images = evaluation_images(run.config)
-    shutil.rmtree(folder, ignore_errors=True)
-    with new_folder(folder) as aside:
+    with new_folder(folder, replace=True) as aside:
         norm = images if run.config.backbone.norm == "batch" else None
         save_release(run.protocol, dict(run.checkpoint(number).state), aside, lineage, norm)
         said = json.loads((aside / release.PROVENANCE).read_bytes())
         weights = said["sha256"][release.WEIGHTS]
+        if of is not None and of != weights:
+            raise ConfigError(
+                f"{scores}: is of other weights ({of[:12]}, expected {weights[:12]}); evaluate this round."
+            )
         said["parent"] = parent(run, rows, weights)
-        said["evaluation"] = read_scores(scores, weights) if scores else measure(run.config, aside)
+        said["evaluation"] = evaluation or measure(run.config, aside)
         said["features"] = spread(run, number, aside, images)
         (aside / release.PROVENANCE).write_text(json.dumps(said, indent=2, sort_keys=True))
         (aside / CARD).write_text(card(said))
@@ -171,19 +174,21 @@ def measure(config: FederationConfig, folder: Path) -> dict[str, Any]:
     return summary(json.loads(found.to_json()), "the coordinator's evaluation_set")
 
 
-def read_scores(path: Path, weights: str) -> dict[str, Any]:
-    """Return the probes that `wardround evaluate --out` wrote of these weights. Raises ConfigError for others."""
+def read_scores(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """Return the hash of the weights that `wardround evaluate --out` wrote of, where it says one, and the probes.
+
+    Raises ConfigError for a file that cannot be read, or is none of these.
+    """
     try:
         found = json.loads(path.read_bytes())
         said = found.get("weights")
-        result = summary(found, "wardround evaluate, as whoever registered it said")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None if said is None else str(said), summary(found, "wardround evaluate, as whoever registered it said")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: is not what 'wardround evaluate --out' writes; evaluate the backbone anew."
         ) from error
-    if said is not None and said != weights:
-        raise ConfigError(f"{path}: is of other weights ({said[:12]}, expected {weights[:12]}); evaluate this round.")
-    return result
 
 
 def summary(found: dict[str, Any], by: str) -> dict[str, Any]:

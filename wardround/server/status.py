@@ -8,6 +8,7 @@ from typing import Any
 
 from wardround.config.privacy import NoPrivacyConfig, SitePrivacyConfig, UnitPrivacyConfig
 from wardround.privacy import site_level
+from wardround.processes import was_left
 from wardround.report.status import Doing, OpenRound, RoundFigures, SiteStatus, Status
 from wardround.server.live import EVERY, Now, read_live
 from wardround.server.run_folder import RunFolder, open_run
@@ -69,13 +70,16 @@ def open_round(run: RunFolder, number: int, live: Now, at: float) -> OpenRound:
     """Return the round after the last committed one, as far as it has come."""
     spool = Spool(run.round(number))
     cohort, arrived = spool.cohort(), spool.arrived()
-    fresh = 0 <= at - live.at < _SILENT
+    ended = was_left(run.path / "flower")  # `coordinate` holds it from its start to its end; `simulate` has none
+    fresh = not ended and 0 <= at - live.at < _SILENT
     # A site that was refused and asked again since, or whose update is here, is refused no more.
     refused = {site: why for site, (of, why) in live.refused.items() if of == number and site not in arrived}
     asked = {site: deadline for site, (_, deadline) in live.asked.items() if site not in arrived} if fresh else {}
     awaited = sorted(set(cohort or ()) - set(arrived) - refused.keys())
     waits = [*asked.values(), *([live.until] if fresh and live.until is not None else [])]
     deadline = max(waits, default=None)
+    if ended:
+        return OpenRound(number, "ended", None, awaited, arrived, refused)
     if cohort is None:
         return OpenRound(number, "not begun", None, [], [], {})
     if spool.closed() is not None:
@@ -110,7 +114,7 @@ def _doing(site: str, live: Now, opened: OpenRound | None) -> Doing:
     if site in opened.arrived:
         return "arrived"
     if site in opened.refused:
-        return "refused"
+        return "silent" if opened.refused[site].partition(":")[0] == "silent" else "refused"
     if site in opened.awaited:
         return "asked" if site in live.asked else "waited for"
     return ""

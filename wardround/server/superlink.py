@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from wardround.config import FederationConfig, named, read_toml
+from wardround.config import FederationConfig, named, read_federation
 from wardround.connection.answers import most_objects
 from wardround.errors import CheckpointError, ConfigError, WardroundError
 from wardround.processes import NewLines, alone, command, free_port, running, stopped_by_sigterm
@@ -69,7 +69,7 @@ def prepare(config: Path, kit: Path, out: Path, tracking: str) -> None:
     """Make a federation's run folder, or see that it is this one's; its members are those that were signed."""
     from wardround.plan import resolve
 
-    federation = read_toml(config, FederationConfig)
+    federation = read_federation(config)
     with named(config):
         members = current_members(kit, federation, out)
         create(out, resolve(federation), members.keys, tracking, members.version)
