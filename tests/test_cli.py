@@ -1,5 +1,7 @@
 """The command as a person meets it: wrong input is one line on stderr and exit 2."""
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
@@ -188,3 +190,56 @@ def test_a_folder_of_something_else_is_never_written_into(tmp_path: Path) -> Non
     done = wardround("simulate", config(tmp_path), "--data", data, "--out", tmp_path / "elsewhere")
     assert "is not empty and no run of Wardround" in error_of(done)
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["thesis.txt"]
+
+
+def interface(*arguments: str | Path) -> tuple[int, str]:
+    """Return the exit code and the standard error of a command run in this process."""
+    from wardround.cli import main
+
+    error = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error):
+        patch.setattr(sys, "argv", ["wardround", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+    return int(end.value.code or 0), error.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("evaluate RUN --data x --out absent/scores.json", "--out absent/scores.json: there is no folder absent; make"),
+        ("evaluate RUN --data x --out folder", "--out folder: is a folder; name a file in it"),
+        ("evaluate RUN --federated --out folder", "--out folder: is a folder"),
+        ("evaluate RUN --data x --pictures file", "--pictures file: file is no folder; name another place"),
+        ("segment RUN --data x --out absent/scores.json", "there is no folder absent"),
+        ("segment RUN --data x --pictures file/deep/er", "--pictures file/deep/er: file is no folder"),
+        ("export RUN --format onnx --to file/model", "--to file/model: file is no folder"),
+        ("compress RUN --by prune --images x --to file/model", "--to file/model: file is no folder"),
+        ("pull tiny@champion --to file/model", "--to file/model: file is no folder"),
+        ("report RUN --out folder", "--out folder: is a folder"),
+        ("check tiny.toml --curve absent/curve.png", "--curve absent/curve.png: there is no folder absent"),
+        ("simulate tiny.toml --data x --out file", "--out file: file is no folder"),
+        ("coordinate tiny.toml --kit x --out link", "--out link: link is no folder"),
+        ("demo --out file", "--out file: file is no folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    command: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else of these commands is there, so that what looked at it first would say something else."""
+    monkeypatch.chdir(tmp_path)
+    config(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to("nowhere")
+    code, error = interface(*command.split())
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and told in error
+
+
+def test_a_place_that_this_account_may_not_write_to_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere, so the system's answer is given here."""
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    code, error = interface("evaluate", "RUN", "--data", "x", "--out", tmp_path / "scores.json")
+    assert code == 2 and f"scores.json: this account may not write to {tmp_path}; name another place" in error

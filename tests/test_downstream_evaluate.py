@@ -374,3 +374,17 @@ def test_the_command_measures_at_the_fractions_that_it_is_asked_for(folder: Path
     done = CliRunner().invoke(cli, [*map(str, words)])
     assert done.exit_code == 0, done.output
     assert "100% of labels" in done.output and "10% of" not in done.output
+
+
+def test_what_was_measured_is_printed_and_written_before_a_picture_is_drawn(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("wardround.downstream.evaluate.draw_all", fail)
+    data = write_labelled(tmp_path / "data", {"lyon": 40})
+    words = ["evaluate", folder, "--data", data, "--draws", 1, "--fraction", 1, "--out", tmp_path / "scores.json"]
+    done = CliRunner().invoke(cli, [*map(str, words), "--pictures", str(tmp_path / "pictures")])
+    assert isinstance(done.exception, OSError) and "100% of labels" in done.output
+    assert Evaluation.from_json((tmp_path / "scores.json").read_text()).rows

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from wardround.cli.options import Tracking, Trust, default_tracking, say_next
+from wardround.cli.options import Tracking, Trust, check_folder, default_tracking, say_next
 
 Reference = Annotated[str, typer.Argument(help="NAME@alias or NAME/version.")]
 
@@ -26,6 +26,7 @@ def pull(
     tracking: Tracking = None,
 ) -> None:
     """Fetch a registered backbone into a folder that timm loads, its hashes and its signature verified."""
+    check_folder("--to", to)
     from wardround.registry.mlflow_store import Store
     from wardround.registry.release import is_stock, signer
     from wardround.registry.signing import origin
