@@ -243,3 +243,14 @@ def test_a_place_that_this_account_may_not_write_to_is_told_before_the_work(
     monkeypatch.setattr("os.access", lambda *_, **__: False)
     code, error = interface("evaluate", "RUN", "--data", "x", "--out", tmp_path / "scores.json")
     assert code == 2 and f"scores.json: this account may not write to {tmp_path}; name another place" in error
+
+
+@pytest.mark.parametrize("command", ["evaluate RUN --data x", "segment RUN --data x", "compress RUN --by prune"])
+@pytest.mark.parametrize(("device", "told"), [("cuda", "no GPU is seen here"), ("tpu", "expected cpu, cuda or cuda:N")])
+def test_a_device_that_is_not_here_is_told_before_the_work(
+    command: str, device: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    more = ["--images", "x", "--to", tmp_path / "made"] if command.startswith("compress") else []
+    code, error = interface(*command.split(), *more, "--device", device)
+    assert code == 2 and error.count("\n") == 1 and f"device '{device}': {told}" in error

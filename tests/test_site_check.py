@@ -219,6 +219,16 @@ def test_a_federation_that_nobody_approved_is_a_warning_that_says_how(kits: Path
     assert (found.severity, found.remedy) == ("warning", "wardround site approve SITE_TOML FEDERATION_TOML")
 
 
+def test_a_device_that_is_not_here_is_a_problem_and_does_not_hide_the_rest(
+    kits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    change(kits, 'device = "auto"', 'device = "cuda"')
+    found = checked(kits)
+    assert found["time"].severity == "problem" and found["disk"].severity == "well"
+    assert found["time"].found == "device 'cuda': no GPU is seen here; take cpu, or mend the driver."
+
+
 def test_a_disk_without_room_for_a_round_is_a_problem(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "WRITTEN", 10**10)
     found = checked(kits)["disk"]

@@ -77,6 +77,7 @@ def compress(
     from wardround.downstream.compress import Request
     from wardround.downstream.compress import compress as write
     from wardround.report.compressed import compressed_table
+    from wardround.ssl.devices import checked_device
 
     request = Request(
         source=source,
@@ -90,7 +91,7 @@ def compress(
         label=label,
         multi_label=multi_label,
         seed=seed,
-        device=device,
+        device=checked_device(device),
         tracking=tracking or default_tracking(),
         trust=trust,
     )
@@ -162,6 +163,7 @@ def evaluate(
     from wardround.downstream.evaluate import FRACTIONS, Evaluation, Request, evaluate_backbone
     from wardround.downstream.finetune import Tuning
     from wardround.report.measured import tables
+    from wardround.ssl.devices import checked_device
 
     request = Request(
         source=source,
@@ -175,7 +177,7 @@ def evaluate(
         fractions=tuple(fraction or FRACTIONS),
         draws=draws,
         force_splits=force_splits,
-        device=device,
+        device=checked_device(device),
         pictures=pictures,
         tracking=tracking or default_tracking(),
         trust=trust,
@@ -221,6 +223,7 @@ def segment(
     from wardround.downstream.train_segmenter import Training
     from wardround.probe.segmentation import Segmentation
     from wardround.report.segmented import segmented_table
+    from wardround.ssl.devices import checked_device
 
     request = Request(
         source=source,
@@ -230,7 +233,7 @@ def segment(
         draws=draws,
         training=Training(steps=steps),
         force_splits=force_splits,
-        device=device,
+        device=checked_device(device),
         pictures=pictures,
         tracking=tracking or default_tracking(),
         trust=trust,
