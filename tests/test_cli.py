@@ -254,3 +254,34 @@ def test_a_device_that_is_not_here_is_told_before_the_work(
     more = ["--images", "x", "--to", tmp_path / "made"] if command.startswith("compress") else []
     code, error = interface(*command.split(), *more, "--device", device)
     assert code == 2 and error.count("\n") == 1 and f"device '{device}': {told}" in error
+
+
+ON = "stopped; what is committed is kept: start the same command again to go on."
+NOTHING = "stopped; nothing was written."
+MEASURED = "stopped; nothing was written, unless results stand above."
+
+
+@pytest.mark.parametrize(
+    ("command", "where", "told"),
+    [
+        ("demo", "wardround.demo.run_demo", ON),
+        ("--debug site run site.toml", "wardround.client.supervisor.run_site", ON),
+        ("export RUN --format onnx --to made", "wardround.downstream.export.export", NOTHING),
+        ("--log-json report RUN", "wardround.server.report.write_report", NOTHING),
+        ("evaluate RUN --data x", "wardround.downstream.evaluate.evaluate_backbone", MEASURED),
+        ("evaluate RUN --federated", "wardround.server.run_folder.open_run", "stopped."),
+        ("site log site.toml", "wardround.config.read_site", "stopped."),
+    ],
+)
+def test_ctrl_c_promises_what_is_so_of_the_command(
+    command: str, where: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("wardround.logs.begin_prints", lambda: None)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, stop)
+    code, error = interface(*command.split())
+    assert (code, error.splitlines()[-1]) == (130, told)
