@@ -30,7 +30,7 @@ from wardround.errors import CheckpointError, ConfigError, DataError
 from wardround.plan import resolve
 from wardround.probe.knn import knn_probabilities
 from wardround.probe.scores import score
-from wardround.report.measured import draw_all, score_table, tables
+from wardround.report.measured import draw_all, score_table, subgroup_table, tables
 
 SIZE = 16
 
@@ -297,6 +297,28 @@ def test_groups_are_scored_by_themselves_and_small_ones_are_warned_of() -> None:
     assert (groups["large"].images, groups["large"].patients, groups["large"].small) == (144, 36, False)
     assert (groups["small"].patients, groups["small"].small) == (12, True)
     assert found.notes == ("warning: group site = small: fewer than 10 test patients of a class; too small to tell",)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_names_of_groups_and_arms_are_whole_in_a_terminal(width: int) -> None:
+    images = striped(240)
+    names = {"manufacturer": np.where(images.patients % 4 < 2, "SIEMENS Healthineers", "GE Medical Systems")}
+    arms = {
+        "backbone": answer,
+        "random": noise,
+        "raw pixels": noise,
+        "releases/eye@champion": answer,
+        "ImageNet": noise,
+    }
+    found = evaluate(arms, replace(images, groups=names), fractions=(1.0,))
+    console = Console(width=width, file=io.StringIO())
+    console.print(subgroup_table(found))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    cells = [cell.strip() for line in text.splitlines() for cell in line.split("│")]
+    for value in ("SIEMENS Healthineers", "GE Medical Systems"):
+        assert cells.count(f"manufacturer = {value}") == 1
+    assert [cells.count(name) for name in arms] == [2] * len(arms)
+    assert all(len(line) <= width and "…" not in line for line in text.splitlines())
 
 
 def test_a_group_of_one_class_has_no_score() -> None:
