@@ -6,13 +6,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import ROOT, TINY, another_account, merged, to_toml, write_labelled
+from typer.testing import CliRunner
 from warm import program
 
 from wardround import __version__
+from wardround.cli import cli
 
 
 def wardround(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -285,3 +288,32 @@ def test_ctrl_c_promises_what_is_so_of_the_command(
     monkeypatch.setattr(where, stop)
     code, error = interface(*command.split())
     assert (code, error.splitlines()[-1]) == (130, told)
+
+
+def test_help_keeps_what_stands_in_brackets() -> None:
+    done = CliRunner().invoke(cli, ["register", "--help"], env={"COLUMNS": "200"})
+    assert "default: probes on [evaluation_set]." in done.stdout
+
+
+def test_a_curve_of_a_config_without_privacy_is_refused(tmp_path: Path) -> None:
+    code, error = interface("check", config(tmp_path), "--curve", tmp_path / "curve.png")
+    assert code == 2 and "--curve: draws epsilon, and this config spends none; add [privacy], or leave it out" in error
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_scores_of_a_run_and_a_new_champion_end_with_what_to_type_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "protocol.json").write_text("{}")
+    found = SimpleNamespace(to_json=lambda: "{}", name="eye", version="3", champion=None)
+    monkeypatch.setattr("wardround.downstream.evaluate.evaluate_backbone", lambda _, tell: tell(found))
+    monkeypatch.setattr("wardround.report.measured.tables", lambda _: [])
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "run", "--data", "x", "--out", "scores.json"]
+    assert CliRunner().invoke(cli, words).stdout.endswith("Next:\n  wardround register run --scores scores.json\n")
+    assert "Next" not in CliRunner().invoke(cli, ["evaluate", "eye@champion", *words[2:]]).stdout
+    monkeypatch.setattr("wardround.registry.mlflow_store.Store", lambda _: None)
+    monkeypatch.setattr("wardround.registry.promotion.promote", lambda *_: found)
+    said = CliRunner().invoke(cli, ["promote", "eye@candidate", "--by", "Ada", "--why", "first"]).stdout
+    assert said.endswith("Next:\n  wardround pull eye@champion --to backbone\n")

@@ -64,7 +64,6 @@ STOPPED = {
 
 @cli.callback(invoke_without_command=True)
 def root(
-    context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show the trace of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     log_json: Annotated[
@@ -73,7 +72,6 @@ def root(
     ] = False,
 ) -> None:
     """Options of every command."""
-    context.obj = debug
     if log_json:
         from wardround import logs
 

@@ -191,6 +191,8 @@ def evaluate(
             out.write_text(found.to_json())
 
     evaluate_backbone(request, tell)
+    if out is not None and (Path(source) / "protocol.json").is_file():  # a run folder
+        say_next(f"wardround register {source} --scores {out}")
 
 
 def segment(

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from wardround.cli.options import Config, Data, Out, Tracking, check_file, check_folder, default_tracking, say_next
+from wardround.errors import ConfigError
 
 
 def check(
@@ -29,8 +30,11 @@ def check(
     if digest:
         typer.echo(plan.digest)
         return
+    spent = budgets(plan.config)
+    if curve is not None and not spent:
+        raise ConfigError("--curve: draws epsilon, and this config spends none; add [privacy], or leave it out.")
     Console().print(plan_table(plan, cost(plan)))
-    if spent := budgets(plan.config):
+    if spent:
         Console().print(budget_table(plan.config, spent))
         if curve is not None:
             draw_epsilon({site: budget.curve for site, budget in spent.items()}, curve, plan.config.name)

@@ -46,7 +46,9 @@ def register(
     ] = None,
     scores: Annotated[
         Path | None,
-        typer.Option(help="What `wardround evaluate --out` wrote of this round; default: probes on [evaluation_set]."),
+        typer.Option(
+            help="What `wardround evaluate --out` wrote of this round; default: probes on \\[evaluation_set]."
+        ),
     ] = None,
     kit: Annotated[
         Path | None,
@@ -79,6 +81,7 @@ def promote(
     store = Store(tracking or default_tracking())
     examined = pass_gate(store, reference, by, why, trust, lambda found: console.print(gate_table(found)))
     typer.echo(f"{examined.name}/{examined.version} is the champion now; before: {examined.champion or 'none'}")
+    say_next(f"wardround pull {examined.name}@champion --to backbone")
 
 
 def rollback(
