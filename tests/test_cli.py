@@ -1,16 +1,21 @@
 """The command as a person meets it: wrong input is one line on stderr and exit 2."""
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import ROOT, TINY, another_account, merged, to_toml, write_labelled
+from typer.testing import CliRunner
 from warm import program
 
 from wardround import __version__
+from wardround.cli import cli
 
 
 def wardround(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -201,3 +206,127 @@ def test_a_folder_of_something_else_is_never_written_into(tmp_path: Path) -> Non
     done = wardround("simulate", config(tmp_path), "--data", data, "--out", tmp_path / "elsewhere")
     assert "is not empty and no run of Wardround" in error_of(done)
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["thesis.txt"]
+
+
+def interface(*arguments: str | Path) -> tuple[int, str]:
+    """Return the exit code and the standard error of a command run in this process."""
+    from wardround.cli import main
+
+    error = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error):
+        patch.setattr(sys, "argv", ["wardround", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+    return int(end.value.code or 0), error.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("evaluate RUN --data x --out absent/scores.json", "--out absent/scores.json: there is no folder absent; make"),
+        ("evaluate RUN --data x --out folder", "--out folder: is a folder; name a file in it"),
+        ("evaluate RUN --federated --out folder", "--out folder: is a folder"),
+        ("evaluate RUN --data x --pictures file", "--pictures file: file is no folder; name another place"),
+        ("segment RUN --data x --out absent/scores.json", "there is no folder absent"),
+        ("segment RUN --data x --pictures file/deep/er", "--pictures file/deep/er: file is no folder"),
+        ("export RUN --format onnx --to file/model", "--to file/model: file is no folder"),
+        ("compress RUN --by prune --images x --to file/model", "--to file/model: file is no folder"),
+        ("pull tiny@champion --to file/model", "--to file/model: file is no folder"),
+        ("report RUN --out folder", "--out folder: is a folder"),
+        ("check tiny.toml --curve absent/curve.png", "--curve absent/curve.png: there is no folder absent"),
+        ("simulate tiny.toml --data x --out file", "--out file: file is no folder"),
+        ("coordinate tiny.toml --kit x --out link", "--out link: link is no folder"),
+        ("demo --out file", "--out file: file is no folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    command: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else of these commands is there, so that what looked at it first would say something else."""
+    monkeypatch.chdir(tmp_path)
+    config(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to("nowhere")
+    code, error = interface(*command.split())
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and told in error
+
+
+def test_a_place_that_this_account_may_not_write_to_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere, so the system's answer is given here."""
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    code, error = interface("evaluate", "RUN", "--data", "x", "--out", tmp_path / "scores.json")
+    assert code == 2 and f"scores.json: this account may not write to {tmp_path}; name another place" in error
+
+
+@pytest.mark.parametrize("command", ["evaluate RUN --data x", "segment RUN --data x", "compress RUN --by prune"])
+@pytest.mark.parametrize(("device", "told"), [("cuda", "no GPU is seen here"), ("tpu", "expected cpu, cuda or cuda:N")])
+def test_a_device_that_is_not_here_is_told_before_the_work(
+    command: str, device: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    more = ["--images", "x", "--to", tmp_path / "made"] if command.startswith("compress") else []
+    code, error = interface(*command.split(), *more, "--device", device)
+    assert code == 2 and error.count("\n") == 1 and f"device '{device}': {told}" in error
+
+
+ON = "stopped; what is committed is kept: start the same command again to go on."
+NOTHING = "stopped; nothing was written."
+MEASURED = "stopped; nothing was written, unless results stand above."
+
+
+@pytest.mark.parametrize(
+    ("command", "where", "told"),
+    [
+        ("demo", "wardround.demo.run_demo", ON),
+        ("--debug site run site.toml", "wardround.client.supervisor.run_site", ON),
+        ("export RUN --format onnx --to made", "wardround.downstream.export.export", NOTHING),
+        ("--log-json report RUN", "wardround.server.report.write_report", NOTHING),
+        ("evaluate RUN --data x", "wardround.downstream.evaluate.evaluate_backbone", MEASURED),
+        ("evaluate RUN --federated", "wardround.server.run_folder.open_run", "stopped."),
+        ("site log site.toml", "wardround.config.read_site", "stopped."),
+    ],
+)
+def test_ctrl_c_promises_what_is_so_of_the_command(
+    command: str, where: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("wardround.logs.begin_prints", lambda: None)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, stop)
+    code, error = interface(*command.split())
+    assert (code, error.splitlines()[-1]) == (130, told)
+
+
+def test_help_keeps_what_stands_in_brackets() -> None:
+    done = CliRunner().invoke(cli, ["register", "--help"], env={"COLUMNS": "200"})
+    assert "default: probes on [evaluation_set]." in done.stdout
+
+
+def test_a_curve_of_a_config_without_privacy_is_refused(tmp_path: Path) -> None:
+    code, error = interface("check", config(tmp_path), "--curve", tmp_path / "curve.png")
+    assert code == 2 and "--curve: draws epsilon, and this config spends none; add [privacy], or leave it out" in error
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_scores_of_a_run_and_a_new_champion_end_with_what_to_type_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "protocol.json").write_text("{}")
+    found = SimpleNamespace(to_json=lambda: "{}", name="eye", version="3", champion=None)
+    monkeypatch.setattr("wardround.downstream.evaluate.evaluate_backbone", lambda _, tell: tell(found))
+    monkeypatch.setattr("wardround.report.measured.tables", lambda _: [])
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "run", "--data", "x", "--out", "scores.json"]
+    assert CliRunner().invoke(cli, words).stdout.endswith("Next:\n  wardround register run --scores scores.json\n")
+    assert "Next" not in CliRunner().invoke(cli, ["evaluate", "eye@champion", *words[2:]]).stdout
+    monkeypatch.setattr("wardround.registry.mlflow_store.Store", lambda _: None)
+    monkeypatch.setattr("wardround.registry.promotion.promote", lambda *_: found)
+    said = CliRunner().invoke(cli, ["promote", "eye@candidate", "--by", "Ada", "--why", "first"]).stdout
+    assert said.endswith("Next:\n  wardround pull eye@champion --to backbone\n")

@@ -280,8 +280,8 @@ def test_the_random_arm_is_where_the_method_began(method: str) -> None:
         ({"by": "distil", "into": "vit_base_patch16_224"}, "has 8"),
         ({"source": "bare"}, "'provenance.json' does not say its backbone; without lineage"),
         ({"images": "nothing"}, "nothing: is no folder"),
-        ({"images": "empty"}, "empty: the images folder .* is empty"),
-        ({"images": "words"}, "words: no image among 1 files"),
+        ({"images": "empty"}, "empty: the images folder .* is empty. Name another folder by --images"),
+        ({"images": "words"}, "words: no image among 1 files.* Name another folder by --images, or mend these"),
         ({"to": "full"}, "full: is not empty; name a new folder"),
     ],
 )

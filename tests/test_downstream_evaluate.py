@@ -30,7 +30,7 @@ from wardround.errors import CheckpointError, ConfigError, DataError
 from wardround.plan import resolve
 from wardround.probe.knn import knn_probabilities
 from wardround.probe.scores import score
-from wardround.report.measured import draw_all, score_table, tables
+from wardround.report.measured import draw_all, score_table, subgroup_table, tables
 
 SIZE = 16
 
@@ -299,6 +299,28 @@ def test_groups_are_scored_by_themselves_and_small_ones_are_warned_of() -> None:
     assert found.notes == ("warning: group site = small: fewer than 10 test patients of a class; too small to tell",)
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_names_of_groups_and_arms_are_whole_in_a_terminal(width: int) -> None:
+    images = striped(240)
+    names = {"manufacturer": np.where(images.patients % 4 < 2, "SIEMENS Healthineers", "GE Medical Systems")}
+    arms = {
+        "backbone": answer,
+        "random": noise,
+        "raw pixels": noise,
+        "releases/eye@champion": answer,
+        "ImageNet": noise,
+    }
+    found = evaluate(arms, replace(images, groups=names), fractions=(1.0,))
+    console = Console(width=width, file=io.StringIO())
+    console.print(subgroup_table(found))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    cells = [cell.strip() for line in text.splitlines() for cell in line.split("│")]
+    for value in ("SIEMENS Healthineers", "GE Medical Systems"):
+        assert cells.count(f"manufacturer = {value}") == 1
+    assert [cells.count(name) for name in arms] == [2] * len(arms)
+    assert all(len(line) <= width and "…" not in line for line in text.splitlines())
+
+
 def test_a_group_of_one_class_has_no_score() -> None:
     images = striped()
     found = evaluate({"knows": answer}, replace(images, groups={"kind": images.labels.astype(str)}), fractions=(1.0,))
@@ -374,3 +396,17 @@ def test_the_command_measures_at_the_fractions_that_it_is_asked_for(folder: Path
     done = CliRunner().invoke(cli, [*map(str, words)])
     assert done.exit_code == 0, done.output
     assert "100% of labels" in done.output and "10% of" not in done.output
+
+
+def test_what_was_measured_is_printed_and_written_before_a_picture_is_drawn(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("wardround.downstream.evaluate.draw_all", fail)
+    data = write_labelled(tmp_path / "data", {"lyon": 40})
+    words = ["evaluate", folder, "--data", data, "--draws", 1, "--fraction", 1, "--out", tmp_path / "scores.json"]
+    done = CliRunner().invoke(cli, [*map(str, words), "--pictures", str(tmp_path / "pictures")])
+    assert isinstance(done.exception, OSError) and "100% of labels" in done.output
+    assert Evaluation.from_json((tmp_path / "scores.json").read_text()).rows

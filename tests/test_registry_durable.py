@@ -1,5 +1,6 @@
 """What is written is whole or not there, private, and the very bytes that cross."""
 
+import errno
 import resource
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from wardround.errors import CheckpointError
 from wardround.registry.durable import new_file, new_folder, write_file, write_tensors
 from wardround.update import pack, unpack
 
@@ -56,10 +58,27 @@ def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_while_a_folder_is_written_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "release") as aside:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS])
+def test_what_ails_the_disk_is_mended_there(number: int, tmp_path: Path) -> None:
+    told = "Nothing committed is lost; mend the disk and start the same command again"
+    with pytest.raises(CheckpointError, match=told), new_file(tmp_path / "block"):
+        raise OSError(number, "it is so")
+
+
+def test_what_ails_the_place_asks_for_another(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/block: cannot be written: .*\. Name another place\.$"):
+        write_file(tmp_path / "file" / "block", b"x")
+    (tmp_path / "folder" / "full").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"folder: cannot be written: .*\. Name another place\.$"):
+        write_file(tmp_path / "folder", b"x")
+
+
+@pytest.mark.parametrize("stop", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_or_ctrl_c_while_a_folder_is_written_leaves_nothing(stop: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(stop), new_folder(tmp_path / "release") as aside:
         (aside / "model.safetensors").write_bytes(b"half")
-        raise ZeroDivisionError
+        raise stop
     assert list(tmp_path.iterdir()) == []
 
 

@@ -48,6 +48,7 @@ def test_what_was_asked_for_and_refused_is_shown_by_its_digest_and_then_runs(tmp
     assert approve(tmp_path).stdout == f"{PLAN.digest[:12]}  'tiny': waits for approval\n"
     done = approve(tmp_path, PLAN.digest[:8], "--by", "Dr. Roux", says="y\n")
     assert done.exit_code == 0 and f"approved: {PLAN.digest}" in done.stdout
+    assert "Next" not in done.stdout, "a site of one process has no coordinator to run with"
     assert agreed_protocol(found, task()) == PLAN.protocol
     (word,) = approval.words(found.work)
     assert (word.who, word.said, word.digest) == ("Dr. Roux", "approved", PLAN.digest)

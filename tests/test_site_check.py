@@ -129,6 +129,8 @@ def test_the_command_ends_with_0_3_and_2_by_the_gravest_finding(kits: Path) -> N
     with answering(kits):
         well = CliRunner().invoke(cli, arguments(kits, "--json"))
         assert (well.exit_code, json.loads(well.stdout)["severity"]) == (0, "well")
+        shown = CliRunner().invoke(cli, arguments(kits))
+        assert shown.stdout.endswith(f"Next:\n  wardround site run {kits / 'lyon/site.toml'}\n")
         (kits / "lyon/images/cut.dcm").write_bytes((kits / "lyon/images/0.dcm").read_bytes()[:-50])
         warned = CliRunner().invoke(cli, arguments(kits), env={"COLUMNS": "200"})
         assert warned.exit_code == 3 and "│ warning │" in warned.stdout
@@ -217,6 +219,23 @@ def test_a_certificate_that_ends_within_30_days_is_a_warning_here_and_daily_whil
 def test_a_federation_that_nobody_approved_is_a_warning_that_says_how(kits: Path) -> None:
     found = checked(kits, tiny(seed=9))["approval"]
     assert (found.severity, found.remedy) == ("warning", "wardround site approve SITE_TOML FEDERATION_TOML")
+    words = arguments(kits)
+    site, federation = words[2:]
+    Path(federation).write_text(to_toml(merged(TINY, {"seed": 9})))
+    shown = CliRunner().invoke(cli, words)
+    assert shown.stdout.endswith(f"Next:\n  wardround site approve {site} {federation}\n")
+    approved = CliRunner().invoke(cli, ["site", "approve", site, federation, "--yes"])
+    assert approved.stdout.endswith(f"Next:\n  wardround site run {site}\n")
+
+
+def test_a_device_that_is_not_here_is_a_problem_and_does_not_hide_the_rest(
+    kits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    change(kits, 'device = "auto"', 'device = "cuda"')
+    found = checked(kits)
+    assert found["time"].severity == "problem" and found["disk"].severity == "well"
+    assert found["time"].found == "device 'cuda': no GPU is seen here; take cpu, or mend the driver."
 
 
 def test_a_disk_without_room_for_a_round_is_a_problem(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from wardround.client.local_round import Job, local_round, source, train
 from wardround.config import FederationConfig, SiteConfig, parse
 from wardround.data.index import Index, SiteImages
 from wardround.errors import ConfigError, UpdateError
-from wardround.ssl.devices import Machine, launch, open_fabric
+from wardround.ssl.devices import Machine, checked_device, launch, open_fabric
 from wardround.ssl.engine import Plain
 from wardround.ssl.method import Method
 from wardround.update import State, state_hash
@@ -250,3 +250,22 @@ def test_one_numbered_gpu_is_not_several() -> None:
     site = {"format": 1, "name": "lyon", "work": "w", "images": {"folder": "i"}, "device": "cuda:1", "devices": 2}
     with pytest.raises(ConfigError, match="device = 'cuda:1' is one, and devices = 2; write device = 'cuda'"):
         parse(site, SiteConfig, "site.toml")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "tpu", "cuda:", "CPU", ""])
+def test_a_device_that_is_not_here_or_none_is_told_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = "no GPU is seen here; take cpu, or mend the driver" if name in ("cuda", "cuda:1") else "expected cpu, cuda"
+    with pytest.raises(ConfigError, match=f"device '{name}': {told}"):
+        checked_device(name)
+    assert checked_device("cpu", 2) == "cpu"
+
+
+def test_of_several_devices_those_that_are_here_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [checked_device("cuda"), checked_device("cuda", 2), checked_device("cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    with pytest.raises(ConfigError, match=r"device 'cuda:2': 2 GPU\(s\) are seen here, cuda:0 to cuda:1"):
+        checked_device("cuda:2")
+    with pytest.raises(ConfigError, match=r"devices = 3: 2 GPU\(s\) are seen here"):
+        checked_device("cuda", 3)

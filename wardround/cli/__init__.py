@@ -44,9 +44,26 @@ cli.add_typer(provision_cli, name="provision")
 cli.add_typer(site_cli, name="site")
 
 
+# What Ctrl-C leaves of a command; of others nothing is promised.
+_GOES_ON = "; what is committed is kept: start the same command again to go on"
+_NOTHING = "; nothing was written"
+_MEASURED = "; nothing was written, unless results stand above"  # they are out before pictures are drawn
+STOPPED = {
+    "demo": _GOES_ON,
+    "simulate": _GOES_ON,
+    "coordinate": _GOES_ON,
+    "site run": _GOES_ON,
+    "check": _NOTHING,
+    "report": _NOTHING,
+    "export": _NOTHING,
+    "compress": _NOTHING,
+    "evaluate": _MEASURED,
+    "segment": _MEASURED,
+}
+
+
 @cli.callback(invoke_without_command=True)
 def root(
-    context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show the trace of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     log_json: Annotated[
@@ -55,7 +72,6 @@ def root(
     ] = False,
 ) -> None:
     """Options of every command."""
-    context.obj = debug
     if log_json:
         from wardround import logs
 
@@ -66,7 +82,7 @@ def root(
 
 
 def main() -> None:
-    """Run the command; a user's error is one line and exit 2, Ctrl-C says how to go on and exits 130."""
+    """Run the command; a user's error is one line and exit 2, Ctrl-C says what it leaves and exits 130."""
     try:
         cli()
     except WardroundError as error:
@@ -85,5 +101,12 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == 130:  # what typer makes of Ctrl-C
-            typer.echo("\nstopped; what is committed is kept: start the same command again to go on.", err=True)
+            typer.echo(f"\nstopped{_left(sys.argv[1:])}.", err=True)
         raise
+
+
+def _left(arguments: list[str]) -> str:
+    """Return what an interrupted command left; `evaluate --federated` writes into the run, and promises nothing."""
+    words = [one for one in arguments if not one.startswith("-")]
+    found = STOPPED.get(" ".join(words[:2])) or STOPPED.get(words[0] if words else "", "")
+    return "" if "--federated" in arguments else found

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from wardround.cli.options import Tracking, Trust, default_tracking, say_next
+from wardround.cli.options import Tracking, Trust, check_file, check_folder, default_tracking, say_next
 from wardround.errors import ConfigError
 
 Source = Annotated[str, typer.Argument(help="A run folder, a pulled backbone's folder, or NAME@alias.")]
@@ -33,6 +33,7 @@ def export(
     tracking: Tracking = None,
 ) -> None:
     """Write a backbone for another runtime, its normalisation included, and measure it against torch."""
+    check_folder("--to", to)
     from wardround.downstream.export import export as write
     from wardround.report.exported import exported_table
 
@@ -72,9 +73,11 @@ def compress(
     tracking: Tracking = None,
 ) -> None:
     """Make a backbone smaller, as a release of its own, and say what it lost and won."""
+    check_folder("--to", to)
     from wardround.downstream.compress import Request
     from wardround.downstream.compress import compress as write
     from wardround.report.compressed import compressed_table
+    from wardround.ssl.devices import checked_device
 
     request = Request(
         source=source,
@@ -88,7 +91,7 @@ def compress(
         label=label,
         multi_label=multi_label,
         seed=seed,
-        device=device,
+        device=checked_device(device),
         tracking=tracking or default_tracking(),
         trust=trust,
     )
@@ -150,14 +153,17 @@ def evaluate(
 ) -> None:
     """Compare a backbone with its random initialisation, raw pixels and others: probed frozen, and trained on."""
     _refuse_idle(context, federated)
+    check_file("--out", out)
+    check_folder("--pictures", pictures)
     if federated:
         _ask_sites(Path(source), kit, host, out)
         return
     if data is None:
         raise ConfigError("--data is missing: give a labelled folder, or --federated to ask the sites of a run.")
-    from wardround.downstream.evaluate import FRACTIONS, Request, evaluate_backbone
+    from wardround.downstream.evaluate import FRACTIONS, Evaluation, Request, evaluate_backbone
     from wardround.downstream.finetune import Tuning
     from wardround.report.measured import tables
+    from wardround.ssl.devices import checked_device
 
     request = Request(
         source=source,
@@ -171,17 +177,22 @@ def evaluate(
         fractions=tuple(fraction or FRACTIONS),
         draws=draws,
         force_splits=force_splits,
-        device=device,
+        device=checked_device(device),
         pictures=pictures,
         tracking=tracking or default_tracking(),
         trust=trust,
     )
-    evaluation = evaluate_backbone(request)
-    console = Console()
-    for table in tables(evaluation):
-        console.print(table)
-    if out is not None:
-        out.write_text(evaluation.to_json())
+
+    def tell(found: Evaluation) -> None:
+        console = Console()
+        for table in tables(found):
+            console.print(table)
+        if out is not None:
+            out.write_text(found.to_json())
+
+    evaluate_backbone(request, tell)
+    if out is not None and (Path(source) / "protocol.json").is_file():  # a run folder
+        say_next(f"wardround register {source} --scores {out}")
 
 
 def segment(
@@ -207,10 +218,14 @@ def segment(
     tracking: Tracking = None,
 ) -> None:
     """Train a segmentation network on a backbone and on its random initialisation, and compare their Dice."""
+    check_file("--out", out)
+    check_folder("--pictures", pictures)
     from wardround.downstream.segment import Request
     from wardround.downstream.segment import segment as measure
     from wardround.downstream.train_segmenter import Training
+    from wardround.probe.segmentation import Segmentation
     from wardround.report.segmented import segmented_table
+    from wardround.ssl.devices import checked_device
 
     request = Request(
         source=source,
@@ -220,15 +235,18 @@ def segment(
         draws=draws,
         training=Training(steps=steps),
         force_splits=force_splits,
-        device=device,
+        device=checked_device(device),
         pictures=pictures,
         tracking=tracking or default_tracking(),
         trust=trust,
     )
-    found = measure(request)
-    Console().print(segmented_table(found))
-    if out is not None:
-        out.write_text(found.to_json())
+
+    def tell(found: Segmentation) -> None:
+        Console().print(segmented_table(found))
+        if out is not None:
+            out.write_text(found.to_json())
+
+    measure(request, tell)
 
 
 def _refuse_idle(context: typer.Context, federated: bool) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from wardround.cli.options import Config, Data, Out, Tracking, default_tracking, say_next
+from wardround.cli.options import Config, Data, Out, Tracking, check_file, check_folder, default_tracking, say_next
+from wardround.errors import ConfigError
 
 
 def check(
@@ -18,6 +19,7 @@ def check(
     from wardround.config import named, read_federation
 
     federation = read_federation(config)
+    check_file("--curve", curve)
 
     from wardround.plan import budgets, cost, resolve
     from wardround.report.curves import draw_epsilon
@@ -28,8 +30,11 @@ def check(
     if digest:
         typer.echo(plan.digest)
         return
+    spent = budgets(plan.config)
+    if curve is not None and not spent:
+        raise ConfigError("--curve: draws epsilon, and this config spends none; add [privacy], or leave it out.")
     Console().print(plan_table(plan, cost(plan)))
-    if spent := budgets(plan.config):
+    if spent:
         Console().print(budget_table(plan.config, spent))
         if curve is not None:
             draw_epsilon({site: budget.curve for site, budget in spent.items()}, curve, plan.config.name)
@@ -46,6 +51,7 @@ def simulate(
     from wardround.config import named, read_federation
 
     federation = read_federation(config)
+    check_folder("--out", out)
 
     from wardround.report.tables import index_table, left_out_lines, rounds_table
     from wardround.simulate import index_sites, simulate
@@ -65,6 +71,7 @@ def simulate(
 
 def demo(out: Out = Path("runs/demo"), tracking: Tracking = None) -> None:
     """Run the main job on three procedural hospitals, from DICOM to a probe, in about three minutes."""
+    check_folder("--out", out)
     from wardround.demo import run_demo
 
     run_demo(out, tracking or default_tracking(), Console())
@@ -108,6 +115,7 @@ def coordinate(
     from wardround.server.superlink import coordinate
 
     name = read_federation(config).name
+    check_folder("--out", out)
     port = port or int(read_membership(kit).address.rpartition(":")[2])
     with serving(out, metrics):
         coordinate(config, kit, out, port, tracking or default_tracking(), host)
@@ -142,6 +150,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page with pictures of a federation: what it learned, spent and cost, and what joining brought."""
+    check_file("--out", out)
     from wardround.server.report import write_report
 
     page, kept = write_report(run, out, scores or ())

@@ -1,4 +1,4 @@
-"""What several commands share: the kinds of their arguments, and the line that says what to type next."""
+"""What several commands share: kinds of arguments, where they may write, the line that says what to type next."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Annotated
 import click
 import typer
 from typer.core import TyperGroup
+
+from wardround.errors import ConfigError
 
 Config = Annotated[Path, typer.Argument(help="A federation's file, such as federation_configs/smoke.toml.")]
 Data = Annotated[Path, typer.Option(help="A labelled folder (labels.csv), or a folder with one folder a site.")]
@@ -39,6 +41,32 @@ class FirstByDefault(TyperGroup):
 def default_tracking() -> str:
     """Return where federations are tracked unless --tracking says otherwise."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Raise ConfigError where a file that an option names could not be written: before the work, not after hours."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder; name a file in it.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it, or name another place.")
+    _check_access(option, path, path if path.exists() else path.parent)
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Raise ConfigError where a folder that an option names could not be made or written; it is not made here."""
+    if path is None:
+        return
+    there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+    if not there.is_dir():
+        raise ConfigError(f"{option} {path}: {there} is no folder; name another place.")
+    _check_access(option, path, there)
+
+
+def _check_access(option: str, path: Path, there: Path) -> None:
+    if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
+        raise ConfigError(f"{option} {path}: this account may not write to {there}; name another place.")
 
 
 def say_next(*commands: str) -> None:

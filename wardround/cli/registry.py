@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from wardround.cli.options import Tracking, Trust, default_tracking, say_next
+from wardround.cli.options import Tracking, Trust, check_folder, default_tracking, say_next
 
 Reference = Annotated[str, typer.Argument(help="NAME@alias or NAME/version.")]
 
@@ -26,6 +26,7 @@ def pull(
     tracking: Tracking = None,
 ) -> None:
     """Fetch a registered backbone into a folder that timm loads, its hashes and its signature verified."""
+    check_folder("--to", to)
     from wardround.registry.mlflow_store import Store
     from wardround.registry.release import is_stock, signer
     from wardround.registry.signing import origin
@@ -45,7 +46,9 @@ def register(
     ] = None,
     scores: Annotated[
         Path | None,
-        typer.Option(help="What `wardround evaluate --out` wrote of this round; default: probes on [evaluation_set]."),
+        typer.Option(
+            help="What `wardround evaluate --out` wrote of this round; default: probes on \\[evaluation_set]."
+        ),
     ] = None,
     kit: Annotated[
         Path | None,
@@ -78,6 +81,7 @@ def promote(
     store = Store(tracking or default_tracking())
     examined = pass_gate(store, reference, by, why, trust, lambda found: console.print(gate_table(found)))
     typer.echo(f"{examined.name}/{examined.version} is the champion now; before: {examined.champion or 'none'}")
+    say_next(f"wardround pull {examined.name}@champion --to backbone")
 
 
 def rollback(

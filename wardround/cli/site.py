@@ -53,6 +53,9 @@ def site_check(
     else:
         Console().print(check_table(found))
         typer.echo("\n".join([*to_do(found), *lines]))
+        agreed = {one.severity for one in found if one.what == "approval"}
+        if own.coordinator is not None and agreed and worst(found) != "problem":
+            say_next(f"wardround site run {site}" if agreed == {"well"} else f"wardround site approve {site} {config}")
     raise_for(found)
     if worst(found) == "warning":
         raise typer.Exit(3)
@@ -92,6 +95,8 @@ def site_approve(
         raise typer.Exit(1)
     approval.approve(own, found, by)
     typer.echo(f"approved: {found.digest()}")
+    if own.coordinator is not None:  # without one there is nobody to connect to
+        say_next(f"wardround site run {site}")
 
 
 @site_cli.command("run")

@@ -23,7 +23,7 @@ from wardround.config.privacy import UnitPrivacyConfig
 from wardround.data import open_site
 from wardround.errors import BudgetExhausted, DataError, PolicyRefusal, UpdateError, WardroundError
 from wardround.signatures import fingerprint
-from wardround.ssl.devices import Machine
+from wardround.ssl.devices import Machine, checked_device
 from wardround.update import Refusal, Task, TaskKind, withholds
 from wardround.wire import answer_to_records, crossing, records_to_task
 
@@ -185,8 +185,9 @@ def _own_affair(protocol: Protocol) -> Iterator[None]:
 
 
 def machine(site: SiteConfig) -> Machine:
-    """Return the hardware that the site allows."""
+    """Return the hardware that the site allows. Raises ConfigError where it is not here."""
     device = site.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = checked_device(device, site.devices)
     return Machine(device, site.devices, site.threads, site.micro_batch, site.checkpointing)

@@ -204,7 +204,8 @@ def _opened(folder: Path, data: DataConfig, seed: int) -> Iterator[Images]:
         try:
             found = open_site(site, data.model_copy(update={"criteria": CriteriaConfig()}))
         except DataError as error:
-            raise DataError(f"--images {folder}: {str(error).partition(': ')[2]}") from error
+            reason = str(error).partition(": ")[2].replace("Set [images] folder", "Name another folder by --images")
+            raise DataError(f"--images {folder}: {reason}") from error
         order = np.random.default_rng(seed).permutation(found.num_patients)
         held = np.isin(found.patients, order[: max(1, len(order) // 10)])
         if held.all():

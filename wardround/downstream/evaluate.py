@@ -1,6 +1,6 @@
 """How much a backbone helps where labels are few: probed frozen, and trained on, at fractions of the labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from wardround.downstream.arms import (
     release_arm,
     three_arms,
 )
-from wardround.downstream.explain import explain
+from wardround.downstream.explain import explain, unexplained
 from wardround.downstream.finetune import Tuning
 from wardround.downstream.load import release_folder
 from wardround.downstream.results import result
@@ -105,8 +105,11 @@ def compare(
     return replace(evaluate(three_arms(folder), images, fractions, draws, seed), weights=file_hashes(folder)[WEIGHTS])
 
 
-def evaluate_backbone(request: Request) -> Evaluation:
-    """Return the evaluation that a request asks for, and write its pictures."""
+def evaluate_backbone(request: Request, tell: Callable[[Evaluation], None] = lambda _: None) -> Evaluation:
+    """Return the evaluation that a request asks for, and write its pictures.
+
+    `tell` gets it before a picture is drawn: what took hours is not lost where drawing fails.
+    """
     with ExitStack() as pulled:
         folder = pulled.enter_context(release_folder(request.source, request.tracking, request.trust))
         recipe = protocol_of(folder)
@@ -128,13 +131,17 @@ def evaluate_backbone(request: Request) -> Evaluation:
             arms, images, request.fractions, request.draws, request.seed, request.tuning, request.force_splits
         )
         found = replace(found, weights=file_hashes(folder)[WEIGHTS])
-    if request.pictures is not None:
-        draw_all(found, images, request.pictures)
-        backbone = arms["backbone"]
-        assert isinstance(backbone, Network)
-        explained = explain(backbone, images, split(images, request.seed, request.force_splits))
-        if isinstance(explained, str):
-            return replace(found, notes=(*found.notes, explained))
+    if request.pictures is None:
+        tell(found)
+        return found
+    backbone, places = arms["backbone"], split(images, request.seed, request.force_splits)
+    assert isinstance(backbone, Network)
+    if reason := unexplained(backbone, images, places):
+        found = replace(found, notes=(*found.notes, reason))
+    tell(found)
+    draw_all(found, images, request.pictures)
+    explained = explain(backbone, images, places)
+    if not isinstance(explained, str):
         draw_explanation(explained, images, request.pictures / "explanation.png")
     return found
 

@@ -51,6 +51,11 @@ class Probed(nn.Module):
         return out
 
 
+def unexplained(arm: Network, images: LabelledImages, places: Splits) -> str:
+    """Return in words why `explain` can say nothing, at the cost of building the network; "" where it can."""
+    return _inexplicable(arm.build(images.images[places.train]), images)
+
+
 def explain(arm: Network, images: LabelledImages, places: Splits) -> Explanation | str:
     """Return where the answers to some test images come from, or, in words, why nothing can be said.
 
@@ -58,9 +63,9 @@ def explain(arm: Network, images: LabelledImages, places: Splits) -> Explanation
     and validation images once more.
     """
     encoder = arm.build(images.images[places.train])
-    transformer = isinstance(encoder, VisionTransformer)
-    if not transformer and (reason := _inexplicable(encoder, images)):
+    if reason := _inexplicable(encoder, images):
         return reason
+    transformer = isinstance(encoder, VisionTransformer)
     known, chosen_on = (
         Labelled(arm.of(encoder, images.images[of], BATCH), images.labels[of]) for of in (places.train, places.val)
     )
@@ -119,7 +124,9 @@ def rolled(vit: VisionTransformer, batch: Tensor) -> Tensor:
 
 
 def _inexplicable(encoder: nn.Module, images: LabelledImages) -> str:
-    """Return why a network that is no ViT cannot be explained; nothing where it can."""
+    """Return why a network cannot be explained; nothing where it can, as any ViT."""
+    if isinstance(encoder, VisionTransformer):
+        return ""
     if images.images.ndim != 4 or not hasattr(encoder, "forward_head"):
         return "no explanation.png: made for images and timm's networks alone"
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """How much a pretrained encoder helps a segmentation: the same network from it and from random weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,12 +52,13 @@ class Request:
     trust: str | None = None  # as for `load_backbone`
 
 
-def segment(request: Request) -> Segmentation:
+def segment(request: Request, tell: Callable[[Segmentation], None] = lambda _: None) -> Segmentation:
     """Return the Dice of both arms on the test split at each fraction of the training images, and write the picture.
 
     Both see the same draws of images, orders and views, and begin with the same decoder. The step whose weights are
     kept is chosen on the validation images. On a CPU a function of its arguments, bit for bit. Raises ConfigError for a
-    backbone or decoder that does not fit and for bad fractions, DataError for a set that cannot tell.
+    backbone or decoder that does not fit and for bad fractions, DataError for a set that cannot tell. `tell` gets the
+    result before the picture is drawn: what took hours is not lost where drawing fails.
     """
     if not request.fractions or not all(0.0 < share <= 1.0 for share in request.fractions) or request.draws < 1:
         raise ConfigError(f"fractions = {list(request.fractions)}: expected some in (0, 1], and draws above 0.")
@@ -71,6 +72,7 @@ def segment(request: Request) -> Segmentation:
         with _random_release(task) as random:
             found = _answers(dict(zip(ARMS, (folder, random), strict=True)), task, request, notes)
         result = _result(found, task, request, notes, file_hashes(folder)[WEIGHTS])
+    tell(result)
     if request.pictures is not None:
         _draw(found, task, max(request.fractions), request.pictures / "segmentation.png")
     return result

@@ -1,6 +1,7 @@
 """Writing so that a power cut leaves either the old file or the new one, never a part of it."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -10,6 +11,9 @@ from typing import Any
 
 from wardround.errors import CheckpointError
 from wardround.update import State, pack_file
+
+# Of the disk or a limit on it; whatever else there is lies in the place that was named.
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def write_file(path: Path, block: bytes) -> None:
@@ -51,9 +55,9 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Give a folder to write into; leaving the block renames it to `path`: that rename is the commit.
 
-    After an error nothing is left of it; what a crash left half-written is removed by the next try. `replace` puts it
-    in the place of a folder that is there, which until then stays; a crash between the two renames leaves it
-    aside, and the next try puts it back first.
+    After an error or Ctrl-C nothing is left of it; what a crash left half-written is removed by the next try.
+    `replace` puts it in the place of a folder that is there, which until then stays; a crash between the two renames
+    leaves it aside, and the next try puts it back first.
     """
     aside, former = (path.with_name(f".{path.name}.{what}") for what in ("partial", "former"))
     with _disk_errors(path):
@@ -66,7 +70,7 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             if replace and path.exists():
                 path.rename(former)  # no folder is renamed over one that holds files
             aside.rename(path)
-        except Exception:
+        except BaseException:
             _put_back(path, former)
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -95,7 +99,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written: {error.strerror or error}. Nothing committed is lost; "
-            "mend the disk and start the same command again."
-        ) from error
+        remedy = "Name another place."
+        if error.errno in _OF_THE_DISK:
+            remedy = "Nothing committed is lost; mend the disk and start the same command again."
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}. {remedy}") from error

@@ -86,14 +86,17 @@ def retrieval_table(found: Evaluation) -> Table:
 
 
 def subgroup_table(found: Evaluation) -> Table:
-    """Return each group's scores at the largest fraction, an arm a column; of the last probe that arms share."""
+    """Return each group's scores at the largest fraction, a block a group, of the last probe that arms share.
+
+    A group and an arm are a line each: arms as columns leave no room for names in a terminal of 80 characters.
+    """
     arms = list(dict.fromkeys(row.arm for row in found.rows))
     probes = [{group.probe for group in found.subgroups if group.arm == arm} for arm in arms]
     chosen = [probe for probe in dict.fromkeys(row.probe for row in found.rows) if all(probe in own for own in probes)]
     title = f"Groups of test images: {' / '.join(found.headline)}, {_shown(chosen[-1])}, largest share of labels"
-    made = table(title, "group", "images / patients", *map(escape, arms))
-    for column in made.columns[2:]:
-        column.no_wrap = True
+    made = table(title, "group, and its arms", "images / patients", "score")
+    made.columns[0].overflow = "fold"
+    made.columns[2].no_wrap = True
     by_group = groupby(
         sorted((g for g in found.subgroups if g.probe == chosen[-1]), key=lambda g: (g.column, g.value)),
         key=lambda g: (g.column, g.value),
@@ -101,9 +104,12 @@ def subgroup_table(found: Evaluation) -> Table:
     for (column, value), members in by_group:
         of_arm = {member.arm: member for member in members}
         one = next(iter(of_arm.values()))
-        cells = [cell(g.mean, g.low, g.high) if g.mean else "one class" for g in (of_arm[arm] for arm in arms)]
-        name = escape(f"{column} = {value}") + ("\n[yellow]too small to tell[/]" if one.small else "")
-        made.add_row(name, f"{one.images:,} / {one.patients:,}", *cells)
+        small = "[yellow]too small to tell[/]" if one.small else ""
+        made.add_row(f"[bold]{escape(f'{column} = {value}')}[/]", f"{one.images:,} / {one.patients:,}", small)
+        for arm in arms:
+            of = of_arm[arm]
+            scores = cell(of.mean, of.low, of.high) if of.mean else "one class"
+            made.add_row(f"  {escape(arm)}", "", scores, end_section=arm == arms[-1])
     return made
 
 

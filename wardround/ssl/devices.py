@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import logging
 import pickle
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch.multiprocessing.spawn import ProcessException
 
-from wardround.errors import WardroundError
+from wardround.errors import ConfigError, WardroundError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -35,6 +36,24 @@ class Machine:
     threads: int = 0  # of each process; 0 means all
     micro_batch: int = 0  # images at once in each process; 0 means as many as memory takes
     checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
+
+
+def checked_device(name: str, count: int = 1) -> str:
+    """Return a device's name. Raises ConfigError for what is no such name, and for a GPU that is not seen here.
+
+    `count` GPUs are wanted where the name has no number.
+    """
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ConfigError(f"device '{name}': expected cpu, cuda or cuda:N.")
+    if name == "cpu":
+        return name
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not seen:
+        raise ConfigError(f"device '{name}': no GPU is seen here; take cpu, or mend the driver.")
+    if max(count, int(name.partition(":")[2] or 0) + 1) > seen:
+        wanted = f"devices = {count}" if count > 1 else f"device '{name}'"
+        raise ConfigError(f"{wanted}: {seen} GPU(s) are seen here, cuda:0 to cuda:{seen - 1}; take of those, or cpu.")
+    return name
 
 
 def open_fabric(machine: Machine, precision: str) -> "Fabric":
