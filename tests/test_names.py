@@ -52,7 +52,7 @@ def test_a_figure_that_is_not_on_the_list_is_refused_whatever_its_name(name: str
         Update.from_bytes(pack(delta, header))
 
 
-@pytest.mark.parametrize("version", ["0.1\n", "\x1b[2J", "x" * 121])
+@pytest.mark.parametrize("version", ["0.1\n", "\x1b[2J", "x" * 101])
 def test_a_declared_text_that_is_no_short_line_is_refused(version: str) -> None:
     with pytest.raises(UpdateError, match="declared field 'version'"):
         dataclasses.replace(DECLARED, version=version)

@@ -32,7 +32,8 @@ Layout = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype)
 META = "wardround"  # the one metadata key: safetensors writes several in no fixed order
 
 
-_HEAD = re.compile(r"[0-9]{1,9}:[0-9a-f]{64}([0-9a-f]{32})?")  # the ledger's with a seal of the site's
+# LENGTH:HASH; the ledger's with a seal of the site's.
+_HEADS = {"ledger": r"[0-9]{1,9}:[0-9a-f]{64}([0-9a-f]{32})?", "audit": r"[0-9]{1,9}:[0-9a-f]{64}"}
 DRIFT = ("none", "some", "strong")  # how far images that came later are from those that a site began with
 # What is more comes from no honest site: of images, units or steps, and of what float32 holds. Python's whole numbers
 # have no end, which math.isfinite has no word for; and of a loss of 1e308 nobody can draw a curve.
@@ -77,12 +78,14 @@ class Declared:
             least, expected = 0.0, _KINDS[kind]
             if field.name in ("loss", "loss_first"):
                 least, expected = -_MOST[float], "a finite number"
-            is_text = isinstance(value, str) and len(value) <= 120 and value.isprintable()
+            is_text = (
+                isinstance(value, str) and len(value) <= (120 if field.name in _HEADS else 100) and value.isprintable()
+            )
             if not (is_text if kind is str else _is_measure(value, kind, least)):
                 raise UpdateError(f"declared field '{field.name}' is {str(value)[:40]!r}, expected {expected}.")
-        for name in ("ledger", "audit"):
+        for name, form in _HEADS.items():
             head = getattr(self, name)
-            if head is not None and not _HEAD.fullmatch(head):
+            if head is not None and not re.fullmatch(form, head):
                 raise UpdateError(f"declared field '{name}' is {head[:40]!r}, expected LENGTH:HASH.")
         if self.drift is not None and self.drift not in DRIFT:
             raise UpdateError(f"declared field 'drift' is {self.drift[:40]!r}, expected one of {', '.join(DRIFT)}.")
