@@ -140,8 +140,7 @@ def evaluate_backbone(request: Request, tell: Callable[[Evaluation], None] = lam
         found = replace(found, notes=(*found.notes, reason))
     tell(found)
     draw_all(found, images, request.pictures)
-    explained = explain(backbone, images, places)
-    if not isinstance(explained, str):
+    if not reason and not isinstance(explained := explain(backbone, images, places), str):
         draw_explanation(explained, images, request.pictures / "explanation.png")
     return found
 
