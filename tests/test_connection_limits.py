@@ -136,7 +136,7 @@ def test_an_update_leaves_no_faster_than_the_bandwidth_and_the_site_beats_meanwh
     fleet.script["push-messages"] = [said(lacking)]
     with to(fleet, kit, 8.0) as made:
         started = time.monotonic()
-        sending = threading.Thread(target=made.answer, args=(answer, 1.0))
+        sending = threading.Thread(target=made.answer, args=(answer,))
         sending.start()
         time.sleep(0.3)
         before = time.monotonic()
