@@ -11,7 +11,8 @@ at the fractions of --tune: all weights, the first of them from scratch.
 Arms:  random, raw pixels, central, federated (FedAvg), FedProx, FedAdam, FedEMA (of MoCo), int8, one site missing,
        patient-level DP, SITE alone, SITE in the same time; the largest site first.
 Cells: method x partition x arm x seed. Each is kept in a folder that its config's digest names: a run that was cut
-       goes on, and a changed setting trains only what it changes. --jobs trains several at a time.
+       goes on, and a changed setting trains only what it changes. Of a trained one the release and
+       the rounds' records stay. --jobs trains several at a time.
 
 Writes SUITE.json, SUITE.md and SUITE.png into --out. --quick: one seed of SimCLR over the folder's own sites, a short
 schedule, meant for ten minutes on two cores. The whole is meant for a GPU, --device cuda --jobs 8.
@@ -25,6 +26,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import tomllib
 from collections import Counter
@@ -292,6 +294,9 @@ def arm_of(cell: Cell, folder: Path, given: argparse.Namespace) -> Arm:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / "run.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
             simulate(cell.config, cell.data, folder, tracking, threads(given.jobs), client)
+    shutil.rmtree(folder / "sites", ignore_errors=True)  # a gigabyte a cell, which nobody goes on with
+    for tensors in folder.glob("rounds/*/checkpoint/*.safetensors"):
+        tensors.unlink()
     return release_arm(folder / "release", device=given.device)
 
 

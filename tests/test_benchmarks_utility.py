@@ -164,6 +164,7 @@ def test_cells_are_trained_once_and_an_absent_site_is_in_the_record(
             refused = [open_run(folder / "run").record(number)["refused"] for number in (1, 2, 3)]
             missed = utility.rounds_away(cell.seed, 3)
             assert [sorted(one) for one in refused] == [["lyon"] if n in missed else [] for n in (1, 2, 3)]
+            assert {path.parent.name for path in folder.rglob("*.safetensors")} == {"release"}  # a disk is soon full
             shutil.rmtree(folder / "run")
         assert utility.score(cell, folder, given) == found[-1].found  # kept, without the run that it was
     tuned = {one.arm for one in found if one.auc("full", 1.0) is not None}
