@@ -95,6 +95,14 @@ def test_a_moved_or_touched_file_is_known_by_its_content(site: SiteConfig, folde
     assert rows.exists()  # nothing was decoded, so nothing was rewritten
 
 
+def test_files_whose_names_differ_by_case_or_a_blank_are_two(tmp_path: Path) -> None:
+    names = {"IM1.dcm": "anna", "im1.dcm": "ben", "im1.dcm ": "cleo"}
+    for seed, (name, patient) in enumerate(names.items()):
+        os.utime(write_dicom(tmp_path / "images" / name, some_pixels(seed), PatientID=f"{patient:4}"), (1e9, 1e9))
+    index = open_site(site_over(tmp_path / "images", tmp_path / "work"), SMALL).index
+    assert (index.read, index.duplicates, index.patients) == (3, 0, 3)
+
+
 def test_settings_that_change_pixels_have_a_cache_of_their_own(site: SiteConfig) -> None:
     small = open_site(site, SMALL)
     large = open_site(site, DataConfig(image_size=24))

@@ -17,7 +17,7 @@ from wardround.data.criteria import unmet
 from wardround.data.facts import ReadError
 from wardround.data.intensities import to_square
 from wardround.data.listing import Listed, list_files
-from wardround.data.patients import pseudonym, read_opt_outs, read_salt
+from wardround.data.patients import keyed_hash, pseudonym, read_opt_outs, read_salt
 from wardround.data.readers import quiet, read_facts, read_frames
 from wardround.data.selection import Origin, Selection, select
 from wardround.errors import DataError
@@ -103,7 +103,7 @@ def _look(
     contents: dict[str, list[Listed]] = {}
     paths, unopened = [], []
     for one in tqdm(listed, f"{who}: looking", unit="file", disable=None, delay=2, leave=False):
-        path_hash = pseudonym(salt, f"path {one.name}")
+        path_hash = keyed_hash(salt, f"name {one.name}")
         try:
             key = _content(one, path_hash, cache)
         except ReadError as error:
