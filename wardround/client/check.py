@@ -20,6 +20,7 @@ from wardround.config import FederationConfig, SiteConfig
 from wardround.config.privacy import UnitPrivacyConfig
 from wardround.data import SiteImages, open_site
 from wardround.data.burnt import looks_burnt
+from wardround.data.listing import shown
 from wardround.data.readers import quiet, read_frames
 from wardround.errors import ConfigError, WardroundError
 from wardround.plan import Plan, cost, resolve
@@ -202,7 +203,7 @@ def _text(site: SiteConfig, images: SiteImages) -> list[Finding]:
     said = f"by header in {len(images.index.burnt):,} files, by its looks in {len(suspects)} of {len(looked)}"
     found = Finding("text in the pixels", said)
     if named := [*images.index.burnt, *map(str, suspects)]:
-        remedy = f"a suspicion: look at the sheet; names in pixels are learnt like all else. First: {named[0]}"
+        remedy = f"a suspicion: look at the sheet; names in pixels are learnt like all else. First: {shown(named[0])}"
         found = Finding("text in the pixels", said, "warning", remedy)
     return [found, Finding("contact sheet", "some images as training sees them", remedy=f"look at {sheet}")]
 

@@ -17,7 +17,7 @@ from wardround.data.cache_folder import opened_cache
 from wardround.data.criteria import unmet
 from wardround.data.facts import PassingError, ReadError
 from wardround.data.intensities import to_square
-from wardround.data.listing import Listed, list_files
+from wardround.data.listing import Listed, list_files, shown
 from wardround.data.patients import keyed_hash, pseudonym, read_opt_outs, read_salt
 from wardround.data.readers import BY_NAME, is_named_volume, quiet, read_facts, read_frames, reasons
 from wardround.data.selection import Origin, Selection, select
@@ -33,7 +33,7 @@ class Index:
     duplicates: int  # files whose bytes are those of another
     opted_out: int  # files of patients on the site's opt-out list
     excluded: Mapping[str, int]  # files by the criterion that they do not meet
-    quarantined: tuple[tuple[str, str], ...]  # path relative to the images folder, and the reason
+    quarantined: tuple[tuple[str, str], ...]  # path relative to the images folder, on one line, and the reason
     samples: int  # images that training sees: frames of the files read, or cubes of the volumes
     skipped_frames: Mapping[str, int]  # frames of the files read that training does not see, by reason
     patients: int
@@ -256,7 +256,7 @@ def _index(files: int, selection: Selection, unopened: Sequence[tuple[str, str]]
         duplicates=selection.duplicates,
         opted_out=selection.opted_out,
         excluded=dict(sorted(selection.excluded.items())),
-        quarantined=tuple(sorted([*selection.quarantined, *unopened])),
+        quarantined=tuple(sorted((shown(name), why) for name, why in [*selection.quarantined, *unopened])),
         samples=len(selection.order),
         skipped_frames={reason: count for reason, count in selection.skipped_frames.items() if count},
         patients=max(selection.patients, default=-1) + 1,
