@@ -12,7 +12,7 @@ from pathlib import Path
 from wardround.config.federation import DataConfig
 from wardround.data.cache import Cache, private
 
-READER = 2  # raise it with every change to what pixels or facts come out of a file
+READER = 3  # raise it with every change to what pixels or facts come out of a file
 _DECODERS = (
     "pydicom",
     "pillow",
