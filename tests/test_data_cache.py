@@ -260,6 +260,17 @@ def test_a_salt_that_was_cut_is_refused(site: SiteConfig) -> None:
         open_site(site, SMALL)
 
 
+def test_with_another_salt_nobody_is_split_and_opt_outs_hold(site: SiteConfig, folder: Path, tmp_path: Path) -> None:
+    open_site(site, SMALL)
+    (site.work / "patients.salt").unlink()  # left out of a backup, perhaps
+    write_dicom(folder / "new.dcm", some_pixels(99), PatientID="anna")
+    assert open_site(site, SMALL).num_patients == 3
+    (site.work / "patients.salt").unlink()
+    (tmp_path / "opt-out.txt").write_text("anna\n")
+    without = open_site(site_over(folder, site.work, opt_out=tmp_path / "opt-out.txt"), SMALL).index
+    assert (without.opted_out, without.patients) == (3, 2)
+
+
 def test_kill_9_in_the_middle_costs_only_what_was_not_decoded_yet(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for number in range(60):

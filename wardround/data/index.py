@@ -71,7 +71,7 @@ def open_site(site: SiteConfig, data: DataConfig) -> SiteImages:
         listed = list_files(site, data.criteria)
         salt = read_salt(site.work)
         opt_outs = read_opt_outs(site.images.opt_out, site.name, salt)
-        with quiet(), opened_cache(site.work, data, opt_outs) as cache:
+        with quiet(), opened_cache(site.work, data, salt, opt_outs) as cache:
             contents, paths, unopened = _look(site.name, listed, data, salt, cache)
             units = _units(contents, cache, data)
             passing: dict[str, Entry] = {}  # not learnt: what cannot be read now may be read at the next index

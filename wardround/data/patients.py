@@ -29,7 +29,7 @@ def read_salt(work: Path) -> bytes:
     if len(salt) != _SALT_BYTES:
         raise DataError(
             f"{path.name} in the work folder has {len(salt)} bytes, expected {_SALT_BYTES}: it was cut or replaced. "
-            "Remove it and the folder 'cache'; both are made again"
+            "Remove it; it and the cache are made again"
         )
     return salt
 
