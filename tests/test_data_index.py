@@ -380,6 +380,24 @@ def test_patients_who_share_a_file_are_one(tmp_path: Path) -> None:
     assert (found.num_patients, found.num_images, bool(found.named.all())) == (5, 12, True)
 
 
+def test_a_file_that_is_left_out_joins_nobody(tmp_path: Path) -> None:
+    rows = ["file,label,patient,site,split"]
+    for seed, patient in enumerate(("anna", "ben", "cleo")):
+        for name, pixels in {
+            "seen": some_pixels(seed),
+            "placeholder": np.zeros((20, 20), np.uint8),  # blank
+            "icon": some_pixels(9, (8, 8)),  # smaller than min_side
+            "logo": some_pixels(9, (20, 20, 3)),  # in colour, and the federation is grey
+        }.items():
+            path = tmp_path / f"images/{patient}/{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+            rows.append(f"{patient}/{name}.png,a,{patient},s,train")
+    (tmp_path / "images/labels.csv").write_text("\n".join(rows) + "\n")
+    index = open_site(site_over(tmp_path / "images", tmp_path / "work"), SMALL).index
+    assert (index.read, index.duplicates, index.patients) == (3, 6, 3) and accounted(index) == 12
+
+
 def test_an_image_of_nobody_is_told_apart(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()

@@ -49,13 +49,14 @@ def select(
     """Return the samples of these units in content order.
 
     A unit is a file, or a series of them: its key -> for each content, the files that have it. Patients who
-    share a file count as one: else a privacy unit would leave part of itself in another.
+    share a file that is trained on count as one: else a privacy unit would leave part of itself in another.
     """
     result = Selection()
     numbers: dict[str, int] = {}
     taken: Counter[str] = Counter()
     owners = {key: _owners(units[key], entries[key], salt) for key in units}
-    one = _joined(owners.values())
+    unfit = {key: entries[key].excluded or _other_channels(entries[key], data) for key in units}
+    one = _joined(owners[key] for key in units if not (entries[key].reason or unfit[key]))
     for key in sorted(units):
         entry, contents = entries[key], units[key]
         listed = sorted(one.patient for files in contents for one in files if one.patient)
@@ -64,8 +65,8 @@ def select(
             result.opted_out += len(contents)
         elif entry.reason:
             result.quarantined += [(files[0].name, entry.reason) for files in contents]
-        elif unfit := entry.excluded or _other_channels(entry, data):
-            result.excluded[unfit] += len(contents)
+        elif unfit[key]:
+            result.excluded[unfit[key]] += len(contents)
         else:
             result.read += len(contents)
             # Without any name a file is a patient of its own.
