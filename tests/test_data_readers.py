@@ -137,6 +137,12 @@ def test_a_tiff_is_its_pages_and_a_photograph_stands_upright(tmp_path: Path) -> 
     assert shown(photograph)[0].shape == (8, 6, 1)
 
 
+def test_a_photograph_is_one_image_whatever_its_camera_put_behind_it(tmp_path: Path) -> None:
+    photograph, behind = (Image.fromarray(some_pixels(seed, (24, 24, 3))) for seed in (1, 2))
+    photograph.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[behind])  # a preview, or a gain map
+    assert len(shown(tmp_path / "a.jpg")) == 1
+
+
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_a_tiff_stands_upright_in_each_of_the_eight_orientations(dtype: Any, compression: str, tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ def picture_facts(path: Path) -> Facts:
     try:
         with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
             grey = image.mode in _GREY or image.mode.startswith(_DEEP)
-            return Facts(getattr(image, "n_frames", 1), image.height, image.width, 1 if grey else 3)
+            # Cameras put a preview, a depth or a gain map behind a photograph.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            return Facts(frames, image.height, image.width, 1 if grey else 3)
     except Image.DecompressionBombError as error:
         raise ReadError("too large: its header declares more pixels than any image has") from error
 
