@@ -284,6 +284,19 @@ def test_the_tables_patient_counts_before_the_files(tmp_path: Path) -> None:
     assert open_site(site_over(folder, tmp_path / "work"), SMALL).num_patients == 2
 
 
+def test_a_patient_whom_a_table_names_for_some_files_alone_is_not_split(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    rows = ["file,label,patient,site,split"]
+    known = [("anna", "p1"), ("anna", ""), ("ben", "p2"), ("cleo", "p3"), ("cleo", "p4")]  # by header, and by table
+    for number, (header, table) in enumerate(known):
+        write_dicom(folder / f"{number}.dcm", some_pixels(number), PatientID=header)
+        rows.append(f"{number}.dcm,a,{table},s,train")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    found = open_site(site_over(folder, tmp_path / "work"), SMALL)
+    numbers = {origin.path.stem: patient for origin, patient in zip(found.origins, found.patients, strict=True)}
+    assert numbers["0"] == numbers["1"] and found.num_patients == 4  # anna, ben, and the two whom the table tells apart
+
+
 # What a person can do wrong: one line each, nothing written over.
 
 
