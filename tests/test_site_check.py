@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, merged, tiny, to_toml
+from conftest import ROOT, TINY, merged, tiny, to_toml, write_labelled
 from cryptography.x509 import load_pem_x509_certificate
 from data_objects import some_pixels, write_dicom
 from PIL import Image, ImageDraw, ImageFont
@@ -362,9 +362,18 @@ def test_labelled_images_that_are_not_there_are_a_problem_found_beside_site_toml
     change(kits, "[coordinator]", '[evaluation]\nfolder = "lent"\n\n[coordinator]')
     found = checked(kits)["scores"]
     assert found.severity == "problem" and "LABELLED stands in .env" in found.remedy
-    (kits / "lyon" / "lent").mkdir()
-    (kits / "lyon" / "lent" / "labels.csv").touch()
-    assert checked(kits)["scores"].severity == "well"
+    write_labelled(kits / "lyon" / "lent", {"lyon": 20})
+    found = checked(kits)["scores"]
+    assert (found.severity, found.found) == ("well", "20 labelled images to measure them on")
+
+
+def test_labels_that_no_score_could_be_measured_on_are_a_problem(kits: Path) -> None:
+    write_labelled(kits / "lyon" / "lent", {"lyon": 20})
+    change(kits, "[coordinator]", '[evaluation]\nfolder = "lent"\nlabel = "finding"\n\n[coordinator]')
+    found = checked(kits)["scores"]
+    assert found.severity == "problem" and "lacks the column 'finding'" in found.found
+    change(kits, 'label = "finding"', 'site = "nice"')
+    assert "no row says site 'nice'" in checked(kits)["scores"].found
 
 
 def test_initial_weights_that_are_elsewhere_are_a_warning(kits: Path) -> None:

@@ -20,6 +20,7 @@ from wardround.config import FederationConfig, SiteConfig
 from wardround.config.privacy import UnitPrivacyConfig
 from wardround.data import SiteImages, open_site
 from wardround.data.burnt import looks_burnt
+from wardround.data.labels import chosen, read_rows
 from wardround.data.listing import shown
 from wardround.data.readers import quiet, read_frames
 from wardround.errors import ConfigError, WardroundError
@@ -126,14 +127,15 @@ def _folders(site: SiteConfig, path: Path) -> list[Finding]:
 
 
 def _scores(site: SiteConfig) -> list[Finding]:
-    """Say whether the labelled images that the site lends are there."""
+    """Say how many labelled images the site lends. Raises DataError where their table is none to measure on."""
     if site.evaluation is None:
         return []
-    folder = site.evaluation.folder
+    lent, folder = site.evaluation, site.evaluation.folder
     if not (folder / "labels.csv").is_file():
         remedy = "correct [evaluation] folder; in a container it is /data/labelled, for which LABELLED stands in .env"
         return [Finding("scores", f"{folder} has no labels.csv", "problem", remedy)]
-    return [Finding("scores", "the labelled folder that they are measured on is there")]
+    rows = chosen(read_rows(folder, lent.label), folder, lent.site, ("train", "val", "test"))
+    return [Finding("scores", f"{len(rows):,} labelled images to measure them on")]
 
 
 def _connection(site: SiteConfig) -> list[Finding]:
