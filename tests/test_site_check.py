@@ -43,15 +43,15 @@ PRIVATE: dict[str, Any] = {"privacy": PRIVACY, "membership": {"units": {"lyon": 
 
 
 @contextlib.contextmanager
-def answering(kits: Path, ahead: timedelta = timedelta()) -> Iterator[None]:
-    """Answer at the coordinator's address, with its certificate, and a clock that far behind the site's."""
+def answering(kits: Path, ahead: timedelta = timedelta(), date: str | None = None) -> Iterator[None]:
+    """Answer at the coordinator's address, with its certificate, and a clock that far behind the site's, or a date."""
 
     class Nothing(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_error(404)
 
         def date_time_string(self, timestamp: float | None = None) -> str:
-            return format_datetime(datetime.now(UTC) - ahead, usegmt=True)
+            return date or format_datetime(datetime.now(UTC) - ahead, usegmt=True)
 
         def log_message(self, *_: Any) -> None:
             """Say nothing."""
@@ -191,6 +191,13 @@ def test_a_clock_that_is_off_by_a_day_is_a_warning(days: int, kits: Path) -> Non
     assert found.severity == "warning" and found.remedy.startswith("set this machine's clock")
     seconds = int(found.found.split(" ")[0].replace(",", ""))
     assert abs(seconds - 86_400) < 10 and f" s {way} the coordinator's" in found.found
+
+
+def test_a_coordinator_that_says_no_date_ends_neither_the_check_nor_the_site(kits: Path) -> None:
+    with answering(kits, date="soon"):
+        found = checked(kits)
+        assert found["connection"].severity == "well" and "clock" not in found
+        assert next(daily(known(kits))) == []
 
 
 def test_a_certificate_that_ends_within_30_days_is_a_warning_here_and_daily_while_a_site_runs(
