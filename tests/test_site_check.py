@@ -158,6 +158,20 @@ def test_what_ails_the_images_is_counted_and_does_not_hide_the_rest(kits: Path) 
     assert found["approval"].severity == "well" and "text in the pixels" not in found
 
 
+def test_an_opt_out_list_that_names_nobody_here_is_a_warning(kits: Path) -> None:
+    change(kits, 'folder = "images"', 'folder = "images"\nopt_out = "out.txt"')
+    listed = kits / "lyon" / "out.txt"
+    listed.write_text("p1;Doe;2026-01-01\np2;Roe;2026-01-02\n")  # as a spreadsheet writes it
+    found = checked(kits)["opt-outs"]
+    assert (found.found, found.severity) == ("2 lines, and no file here is of any of them", "warning")
+    assert "one PatientID a line" in found.remedy
+    listed.write_text("p1\nanother hospital's\n")
+    found = checked(kits)["opt-outs"]
+    assert (found.found, found.severity) == ("2 lines, and 2 files are left out for them", "well")
+    listed.write_text("# nobody\n")
+    assert checked(kits)["opt-outs"].severity == "well"
+
+
 def test_a_kit_that_was_changed_and_a_folder_that_is_gone_are_problems_with_their_remedy(kits: Path) -> None:
     (kits / "lyon/ca.crt").write_bytes((kits / "lyon/ca.crt").read_bytes() + b"\n")
     change(kits, 'folder = "images"', 'folder = "nowhere"')

@@ -22,6 +22,7 @@ from wardround.data import SiteImages, open_site
 from wardround.data.burnt import looks_burnt
 from wardround.data.labels import chosen, read_rows
 from wardround.data.listing import shown
+from wardround.data.patients import read_opt_outs, read_salt
 from wardround.data.readers import quiet, read_frames
 from wardround.errors import ConfigError, WardroundError
 from wardround.plan import Plan, cost, resolve
@@ -59,6 +60,7 @@ def check(site: SiteConfig, path: Path, config: FederationConfig) -> tuple[list[
     with _problem(found, "images"):
         images = open_site(site, config.data)
         found += _images(images)
+        _told(found, "opt-outs", _opt_outs, site, images)
         _told(found, "text in the pixels", _text, site, images)
     if (why := approval.out_of_reach(config)) is not None:
         remedy = f"put them there, and check again; or {approval.BY_DIGEST}"
@@ -189,6 +191,17 @@ def _images(images: SiteImages) -> list[Finding]:
         remedy = "where a patient is the privacy unit they are left out; name patients in the files or in labels.csv"
         found.append(Finding("nobody's", f"{index.unnamed:,} images say of no patient", "warning", remedy))
     return found
+
+
+def _opt_outs(site: SiteConfig, images: SiteImages) -> list[Finding]:
+    """Say whether the opt-out list leaves anything out: with a name beside it, an identifier is another one."""
+    if site.images.opt_out is None:
+        return []
+    listed, files = len(read_opt_outs(site.images.opt_out, site.name, read_salt(site.work))), images.index.opted_out
+    if listed and not files and site.images.kind != "dicomweb":  # of whose server nothing of theirs is fetched
+        remedy = "if one should be, look at the list: one PatientID a line, and nothing else on it"
+        return [Finding("opt-outs", f"{listed:,} lines, and no file here is of any of them", "warning", remedy)]
+    return [Finding("opt-outs", f"{listed:,} lines, and {files:,} files are left out for them")]
 
 
 def _text(site: SiteConfig, images: SiteImages) -> list[Finding]:
