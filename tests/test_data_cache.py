@@ -1,5 +1,6 @@
 """The cache: each file is decoded once, a crash costs nothing, and who opts out is gone from it."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 from conftest import write_labelled
@@ -20,8 +23,9 @@ from data_objects import SMALL, site_over, some_pixels, write_dicom
 
 from wardround.config import SiteConfig
 from wardround.config.federation import CriteriaConfig, DataConfig
-from wardround.data import SiteImages, open_site
+from wardround.data import SiteImages, index, open_site
 from wardround.data.patients import read_salt
+from wardround.data.readers import reasons
 from wardround.errors import DataError
 
 PATIENTS = ("anna", "ben", "cleo")
@@ -93,6 +97,69 @@ def test_a_moved_or_touched_file_is_known_by_its_content(site: SiteConfig, folde
     assert rows.exists()
     assert_same(open_site(site, SMALL), first)
     assert rows.exists()  # nothing was decoded, so nothing was rewritten
+
+
+def test_files_whose_names_differ_by_case_or_a_blank_are_two(tmp_path: Path) -> None:
+    names = {"IM1.dcm": "anna", "im1.dcm": "ben", "im1.dcm ": "cleo"}
+    for seed, (name, patient) in enumerate(names.items()):
+        os.utime(write_dicom(tmp_path / "images" / name, some_pixels(seed), PatientID=f"{patient:4}"), (1e9, 1e9))
+    index = open_site(site_over(tmp_path / "images", tmp_path / "work"), SMALL).index
+    assert (index.read, index.duplicates, index.patients) == (3, 0, 3)
+
+
+@pytest.mark.parametrize("reader", ["read_facts", "read_frames"])
+def test_what_may_pass_is_tried_again_at_the_next_index(
+    reader: str, site: SiteConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, real = open_site(site_over(folder, folder.parent / "aside"), SMALL), getattr(index, reader)
+
+    def failing(path: Path, *given: Any) -> Any:
+        with reasons("bytes"):
+            if path.name == "0.dcm":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            if path.name == "1.dcm":
+                raise MemoryError
+        return real(path, *given)
+
+    monkeypatch.setattr(index, reader, failing)
+    found = open_site(site, SMALL).index
+    assert (found.files, found.read, len(found.quarantined)) == (7, 4, 3)
+    assert dict(found.quarantined)["0.dcm"] == "cannot be opened: Input/output error"
+    monkeypatch.undo()
+    assert_same(open_site(site, SMALL), whole)
+
+
+@pytest.mark.parametrize("reader", ["read_facts", "read_frames"])
+def test_a_file_that_changes_while_it_is_indexed_gives_nothing_of_either_state(
+    reader: str, site: SiteConfig, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(index, reader)
+
+    def overtaken(path: Path, *given: Any) -> Any:
+        if path.name == "0.dcm":
+            write_dicom(path, some_pixels(77), PatientID="another")
+        return real(path, *given)
+
+    monkeypatch.setattr(index, reader, overtaken)
+    found = open_site(site, SMALL).index
+    assert found.read == 5 and dict(found.quarantined)["0.dcm"].startswith("changed while it was read")
+    monkeypatch.undo()
+    assert_same(open_site(site, SMALL), open_site(site_over(folder, tmp_path / "aside"), SMALL))
+
+
+def test_a_volume_is_read_once_its_name_says_what_it_is(site: SiteConfig, folder: Path) -> None:
+    volume = nibabel.Nifti1Image(some_pixels(9, (20, 20, 3)), np.eye(4))
+    nibabel.save(volume, folder / "part.nii.gz")
+    (folder / "part.nii.gz").rename(folder / "part")
+    assert dict(open_site(site, SMALL).index.quarantined)["part"].startswith("not an image")
+    (folder / "part").rename(folder / "whole.nii.gz")
+    assert open_site(site, SMALL).index.samples == 9
+    shutil.copy(folder / "whole.nii.gz", folder / "another name")  # comes first in the listing
+    for open_anew in (False, True):
+        if open_anew:
+            shutil.rmtree(site.work)
+        found = open_site(site, SMALL).index
+        assert (found.samples, found.duplicates, found.read) == (9, 1, 7)
 
 
 def test_settings_that_change_pixels_have_a_cache_of_their_own(site: SiteConfig) -> None:
@@ -191,6 +258,17 @@ def test_a_salt_that_was_cut_is_refused(site: SiteConfig) -> None:
     (site.work / "patients.salt").write_bytes(b"short")
     with pytest.raises(DataError, match=r"patients\.salt in the work folder has 5 bytes, expected 32"):
         open_site(site, SMALL)
+
+
+def test_with_another_salt_nobody_is_split_and_opt_outs_hold(site: SiteConfig, folder: Path, tmp_path: Path) -> None:
+    open_site(site, SMALL)
+    (site.work / "patients.salt").unlink()  # left out of a backup, perhaps
+    write_dicom(folder / "new.dcm", some_pixels(99), PatientID="anna")
+    assert open_site(site, SMALL).num_patients == 3
+    (site.work / "patients.salt").unlink()
+    (tmp_path / "opt-out.txt").write_text("anna\n")
+    without = open_site(site_over(folder, site.work, opt_out=tmp_path / "opt-out.txt"), SMALL).index
+    assert (without.opted_out, without.patients) == (3, 2)
 
 
 def test_kill_9_in_the_middle_costs_only_what_was_not_decoded_yet(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """A site's index: every file accounted for, samples in content order, patients grouped and unnamed."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,6 +214,58 @@ def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path: Path
     assert reasons["broken.dcm"] == reasons["pipe"] == "no regular file, or a broken link"
 
 
+def test_what_cannot_even_be_looked_at_is_one_file_of_the_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = three_patients(tmp_path / "images")
+    (folder / "endless.dcm").symlink_to("x" * 300)  # no file system has such a name
+    (folder / "listed-only/inner").mkdir(parents=True)
+    write_dicom(folder / "listed-only/0.dcm", some_pixels(60))
+    asked = Path.stat
+
+    def stat(path: Path, **given: Any) -> os.stat_result:
+        """Ask as an account that may list a folder and not enter it: root may do both."""
+        if path.parent.name == "listed-only":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return asked(path, **given)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(Path, "lstat", lambda path: stat(path, follow_symlinks=False))
+    index = open_site(site_over(folder, tmp_path / "work"), SMALL).index
+    assert index.read == 5 and accounted(index) == index.files == 10
+    reasons = dict(index.quarantined)
+    assert reasons["endless.dcm"] == "cannot be opened: File name too long"
+    assert reasons["listed-only/0.dcm"] == "cannot be opened: Permission denied"
+
+
+def test_an_images_folder_that_may_not_be_entered_is_named_and_not_the_work_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert problem(tmp_path / "images", tmp_path / "work") == (
+        f"site 'lyon': the images folder {tmp_path / 'images'} cannot be looked into: Permission denied. Let the "
+        "account that runs Wardround read it."
+    )
+
+
+def test_a_row_whose_file_no_disk_can_hold_is_named(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "images/0.dcm", some_pixels(0))
+    (tmp_path / "images/labels.csv").write_text(f"file,label,patient,site,split\n{'x' * 300},a,p,s,train\n")
+    assert problem(tmp_path / "images", tmp_path / "work").startswith("images/labels.csv, row 2: the file 'xxx")
+
+
+def test_a_name_is_said_on_one_line_that_any_terminal_shows(tmp_path: Path) -> None:
+    folder = three_patients(tmp_path / "images")
+    for number, name in enumerate((b"two\nlines \x1b[31m", b"latin-\xe9", "caf\u00e9 \u65e5".encode())):
+        Path(os.fsdecode(bytes(folder) + b"/" + name)).write_text(f"no image {number}")
+    index = open_site(site_over(folder, tmp_path / "work"), SMALL).index
+    names = [name for name, _ in index.quarantined]
+    assert names == ["caf\u00e9 \u65e5", "empty.dcm", "latin-\\udce9", "notes.txt", "two\\nlines \\x1b[31m"]
+
+
 def test_a_labelled_folder_gives_the_rows_of_a_site_and_its_splits(labelled: Path, tmp_path: Path) -> None:
     lyon = open_site(site_over(labelled, tmp_path / "lyon", site="lyon"), SMALL)
     assert lyon.index.samples == 12 and lyon.num_patients == 6  # three in five are for training
@@ -228,6 +282,19 @@ def test_the_tables_patient_counts_before_the_files(tmp_path: Path) -> None:
         write_dicom(folder / f"{number}.dcm", some_pixels(number), PatientID="same")
     (folder / "labels.csv").write_text("file,label,patient,site,split\n0.dcm,a,p0,s,train\n1.dcm,a,p1,s,train\n")
     assert open_site(site_over(folder, tmp_path / "work"), SMALL).num_patients == 2
+
+
+def test_a_patient_whom_a_table_names_for_some_files_alone_is_not_split(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    rows = ["file,label,patient,site,split"]
+    known = [("anna", "p1"), ("anna", ""), ("ben", "p2"), ("cleo", "p3"), ("cleo", "p4")]  # by header, and by table
+    for number, (header, table) in enumerate(known):
+        write_dicom(folder / f"{number}.dcm", some_pixels(number), PatientID=header)
+        rows.append(f"{number}.dcm,a,{table},s,train")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    found = open_site(site_over(folder, tmp_path / "work"), SMALL)
+    numbers = {origin.path.stem: patient for origin, patient in zip(found.origins, found.patients, strict=True)}
+    assert numbers["0"] == numbers["1"] and found.num_patients == 4  # anna, ben, and the two whom the table tells apart
 
 
 # What a person can do wrong: one line each, nothing written over.
@@ -324,6 +391,24 @@ def test_patients_who_share_a_file_are_one(tmp_path: Path) -> None:
     (folder / "labels.csv").write_text("\n".join([*rows, f"images/copy.png,{label},lyon-p5,{site},{split}"]) + "\n")
     found = open_site(site_over(folder, tmp_path / "work", splits=("train", "val", "test")), SMALL)
     assert (found.num_patients, found.num_images, bool(found.named.all())) == (5, 12, True)
+
+
+def test_a_file_that_is_left_out_joins_nobody(tmp_path: Path) -> None:
+    rows = ["file,label,patient,site,split"]
+    for seed, patient in enumerate(("anna", "ben", "cleo")):
+        for name, pixels in {
+            "seen": some_pixels(seed),
+            "placeholder": np.zeros((20, 20), np.uint8),  # blank
+            "icon": some_pixels(9, (8, 8)),  # smaller than min_side
+            "logo": some_pixels(9, (20, 20, 3)),  # in colour, and the federation is grey
+        }.items():
+            path = tmp_path / f"images/{patient}/{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+            rows.append(f"{patient}/{name}.png,a,{patient},s,train")
+    (tmp_path / "images/labels.csv").write_text("\n".join(rows) + "\n")
+    index = open_site(site_over(tmp_path / "images", tmp_path / "work"), SMALL).index
+    assert (index.read, index.duplicates, index.patients) == (3, 6, 3) and accounted(index) == 12
 
 
 def test_an_image_of_nobody_is_told_apart(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Volumes, pictures and arrays; and formats told from bytes, not names."""
 
 import gzip
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -136,6 +137,34 @@ def test_a_tiff_is_its_pages_and_a_photograph_stands_upright(tmp_path: Path) -> 
     assert shown(photograph)[0].shape == (8, 6, 1)
 
 
+def test_a_photograph_is_one_image_whatever_its_camera_put_behind_it(tmp_path: Path) -> None:
+    photograph, behind = (Image.fromarray(some_pixels(seed, (24, 24, 3))) for seed in (1, 2))
+    photograph.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[behind])  # a preview, or a gain map
+    assert len(shown(tmp_path / "a.jpg")) == 1
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_stands_upright_in_each_of_the_eight_orientations(dtype: Any, compression: str, tmp_path: Path) -> None:
+    stored = some_pixels(1, (6, 8), dtype)
+    half = np.rot90(stored, 2)
+    turned = (stored, stored[:, ::-1], half, stored[::-1], stored.T, np.rot90(stored, -1), half.T, np.rot90(stored))
+    for orientation, upright in enumerate(turned, start=1):
+        path = save_picture(tmp_path / "a.tif", stored, tiffinfo={274: orientation}, compression=compression)
+        top = np.iinfo(dtype).max
+        seen = shown(path, window=(top / 2 + 0.5, top + 1.0))[0][:, :, 0]
+        np.testing.assert_allclose(seen, upright / top, atol=1e-4, err_msg=f"orientation {orientation}")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_whose_zero_is_white_is_inverted(dtype: Any, tmp_path: Path) -> None:
+    stored = some_pixels(1, (20, 20), dtype)
+    black, white = (struct.pack("<HHIHH", 262, 3, 1, one, 0) for one in (1, 0))  # PhotometricInterpretation
+    path = save_picture(tmp_path / "black.tif", stored)
+    (tmp_path / "white.tif").write_bytes(path.read_bytes().replace(black, white))
+    np.testing.assert_allclose(shown(tmp_path / "white.tif")[0], 1 - shown(path)[0], atol=1e-6)
+
+
 def test_arrays_of_every_kind_are_read_or_refused(tmp_path: Path) -> None:
     def npz(name: str, **arrays: Any) -> Path:
         np.savez_compressed(tmp_path / name, **arrays)
@@ -216,6 +245,14 @@ def test_stretching_finds_the_picture_where_most_pixels_are_background() -> None
     mostly_black[:3] = (1, 2, 4)
     assert stretched(mostly_black)[:4].tolist() == [0.25, 0.5, 1, 0]
     assert stretched(np.full(9, np.nan, np.float32)).tolist() == [0] * 9
+
+
+@pytest.mark.parametrize("side", [512, 1000, 2048])
+def test_percentiles_are_those_of_all_columns(side: int) -> None:
+    columns = np.zeros((side, side), np.float32) + np.random.default_rng(0).normal(0, 1, side).astype(np.float32)
+    low, high = np.percentile(columns, (0.5, 99.5))
+    expected = np.clip((columns - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(stretched(columns), expected, atol=1 / 255)
 
 
 def test_reduction_is_antialiased_and_keeps_the_mean() -> None:

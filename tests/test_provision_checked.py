@@ -14,6 +14,8 @@ from socket import create_server, socket
 
 import pytest
 from conftest import ROOT, tiny
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from wardround.client.kit import check_folders, check_kit, why_untrusted
 from wardround.client.supervisor import run_site
@@ -89,6 +91,14 @@ def test_a_kit_without_checksums_is_refused(kits: Path) -> None:
 def test_a_site_with_anothers_key_is_refused_with_both_fingerprints(kits: Path) -> None:
     shutil.copy(kits / "oslo" / "site.key", kits / "lyon" / "site.key")
     with pytest.raises(ConfigError, match=r"site\.key: is another site's key, SHA256:.* knows 'lyon' by SHA256:"):
+        check(kits)
+
+
+def test_a_key_of_another_kind_is_refused_in_one_line(kits: Path) -> None:
+    key = Ed25519PrivateKey.generate()  # what `ssh-keygen` makes if it is told nothing
+    block = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    (kits / "lyon" / "site.key").write_bytes(block)
+    with pytest.raises(ConfigError, match=r"site\.key: is no ECDSA key; put the original back, or send a new request"):
         check(kits)
 
 

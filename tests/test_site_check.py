@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, merged, tiny, to_toml
+from conftest import ROOT, TINY, merged, tiny, to_toml, write_labelled
 from cryptography.x509 import load_pem_x509_certificate
 from data_objects import some_pixels, write_dicom
 from PIL import Image, ImageDraw, ImageFont
@@ -43,15 +43,15 @@ PRIVATE: dict[str, Any] = {"privacy": PRIVACY, "membership": {"units": {"lyon": 
 
 
 @contextlib.contextmanager
-def answering(kits: Path, ahead: timedelta = timedelta()) -> Iterator[None]:
-    """Answer at the coordinator's address, with its certificate, and a clock that far behind the site's."""
+def answering(kits: Path, ahead: timedelta = timedelta(), date: str | None = None) -> Iterator[None]:
+    """Answer at the coordinator's address, with its certificate, and a clock that far behind the site's, or a date."""
 
     class Nothing(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_error(404)
 
         def date_time_string(self, timestamp: float | None = None) -> str:
-            return format_datetime(datetime.now(UTC) - ahead, usegmt=True)
+            return date or format_datetime(datetime.now(UTC) - ahead, usegmt=True)
 
         def log_message(self, *_: Any) -> None:
             """Say nothing."""
@@ -158,6 +158,20 @@ def test_what_ails_the_images_is_counted_and_does_not_hide_the_rest(kits: Path) 
     assert found["approval"].severity == "well" and "text in the pixels" not in found
 
 
+def test_an_opt_out_list_that_names_nobody_here_is_a_warning(kits: Path) -> None:
+    change(kits, 'folder = "images"', 'folder = "images"\nopt_out = "out.txt"')
+    listed = kits / "lyon" / "out.txt"
+    listed.write_text("p1;Doe;2026-01-01\np2;Roe;2026-01-02\n")  # as a spreadsheet writes it
+    found = checked(kits)["opt-outs"]
+    assert (found.found, found.severity) == ("2 lines, and no file here is of any of them", "warning")
+    assert "one PatientID a line" in found.remedy
+    listed.write_text("p1\nanother hospital's\n")
+    found = checked(kits)["opt-outs"]
+    assert (found.found, found.severity) == ("2 lines, and 2 files are left out for them", "well")
+    listed.write_text("# nobody\n")
+    assert checked(kits)["opt-outs"].severity == "well"
+
+
 def test_a_kit_that_was_changed_and_a_folder_that_is_gone_are_problems_with_their_remedy(kits: Path) -> None:
     (kits / "lyon/ca.crt").write_bytes((kits / "lyon/ca.crt").read_bytes() + b"\n")
     change(kits, 'folder = "images"', 'folder = "nowhere"')
@@ -191,6 +205,13 @@ def test_a_clock_that_is_off_by_a_day_is_a_warning(days: int, kits: Path) -> Non
     assert found.severity == "warning" and found.remedy.startswith("set this machine's clock")
     seconds = int(found.found.split(" ")[0].replace(",", ""))
     assert abs(seconds - 86_400) < 10 and f" s {way} the coordinator's" in found.found
+
+
+def test_a_coordinator_that_says_no_date_ends_neither_the_check_nor_the_site(kits: Path) -> None:
+    with answering(kits, date="soon"):
+        found = checked(kits)
+        assert found["connection"].severity == "well" and "clock" not in found
+        assert next(daily(known(kits))) == []
 
 
 def test_a_certificate_that_ends_within_30_days_is_a_warning_here_and_daily_while_a_site_runs(
@@ -362,9 +383,18 @@ def test_labelled_images_that_are_not_there_are_a_problem_found_beside_site_toml
     change(kits, "[coordinator]", '[evaluation]\nfolder = "lent"\n\n[coordinator]')
     found = checked(kits)["scores"]
     assert found.severity == "problem" and "LABELLED stands in .env" in found.remedy
-    (kits / "lyon" / "lent").mkdir()
-    (kits / "lyon" / "lent" / "labels.csv").touch()
-    assert checked(kits)["scores"].severity == "well"
+    write_labelled(kits / "lyon" / "lent", {"lyon": 20})
+    found = checked(kits)["scores"]
+    assert (found.severity, found.found) == ("well", "20 labelled images to measure them on")
+
+
+def test_labels_that_no_score_could_be_measured_on_are_a_problem(kits: Path) -> None:
+    write_labelled(kits / "lyon" / "lent", {"lyon": 20})
+    change(kits, "[coordinator]", '[evaluation]\nfolder = "lent"\nlabel = "finding"\n\n[coordinator]')
+    found = checked(kits)["scores"]
+    assert found.severity == "problem" and "lacks the column 'finding'" in found.found
+    change(kits, 'label = "finding"', 'site = "nice"')
+    assert "no row says site 'nice'" in checked(kits)["scores"].found
 
 
 def test_initial_weights_that_are_elsewhere_are_a_warning(kits: Path) -> None:

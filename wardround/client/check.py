@@ -20,6 +20,9 @@ from wardround.config import FederationConfig, SiteConfig
 from wardround.config.privacy import UnitPrivacyConfig
 from wardround.data import SiteImages, open_site
 from wardround.data.burnt import looks_burnt
+from wardround.data.labels import chosen, read_rows
+from wardround.data.listing import shown
+from wardround.data.patients import read_opt_outs, read_salt
 from wardround.data.readers import quiet, read_frames
 from wardround.errors import ConfigError, WardroundError
 from wardround.plan import Plan, cost, resolve
@@ -57,6 +60,7 @@ def check(site: SiteConfig, path: Path, config: FederationConfig) -> tuple[list[
     with _problem(found, "images"):
         images = open_site(site, config.data)
         found += _images(images)
+        _told(found, "opt-outs", _opt_outs, site, images)
         _told(found, "text in the pixels", _text, site, images)
     if (why := approval.out_of_reach(config)) is not None:
         remedy = f"put them there, and check again; or {approval.BY_DIGEST}"
@@ -125,14 +129,15 @@ def _folders(site: SiteConfig, path: Path) -> list[Finding]:
 
 
 def _scores(site: SiteConfig) -> list[Finding]:
-    """Say whether the labelled images that the site lends are there."""
+    """Say how many labelled images the site lends. Raises DataError where their table is none to measure on."""
     if site.evaluation is None:
         return []
-    folder = site.evaluation.folder
+    lent, folder = site.evaluation, site.evaluation.folder
     if not (folder / "labels.csv").is_file():
         remedy = "correct [evaluation] folder; in a container it is /data/labelled, for which LABELLED stands in .env"
         return [Finding("scores", f"{folder} has no labels.csv", "problem", remedy)]
-    return [Finding("scores", "the labelled folder that they are measured on is there")]
+    rows = chosen(read_rows(folder, lent.label), folder, lent.site, ("train", "val", "test"))
+    return [Finding("scores", f"{len(rows):,} labelled images to measure them on")]
 
 
 def _connection(site: SiteConfig) -> list[Finding]:
@@ -188,6 +193,17 @@ def _images(images: SiteImages) -> list[Finding]:
     return found
 
 
+def _opt_outs(site: SiteConfig, images: SiteImages) -> list[Finding]:
+    """Say whether the opt-out list leaves anything out: with a name beside it, an identifier is another one."""
+    if site.images.opt_out is None:
+        return []
+    listed, files = len(read_opt_outs(site.images.opt_out, site.name, read_salt(site.work))), images.index.opted_out
+    if listed and not files and site.images.kind != "dicomweb":  # of whose server nothing of theirs is fetched
+        remedy = "if one should be, look at the list: one PatientID a line, and nothing else on it"
+        return [Finding("opt-outs", f"{listed:,} lines, and no file here is of any of them", "warning", remedy)]
+    return [Finding("opt-outs", f"{listed:,} lines, and {files:,} files are left out for them")]
+
+
 def _text(site: SiteConfig, images: SiteImages) -> list[Finding]:
     """Say which files may show text, by their headers and by the looks of some, and draw the contact sheet."""
     files = sorted({origin.path for origin in images.origins})
@@ -202,7 +218,7 @@ def _text(site: SiteConfig, images: SiteImages) -> list[Finding]:
     said = f"by header in {len(images.index.burnt):,} files, by its looks in {len(suspects)} of {len(looked)}"
     found = Finding("text in the pixels", said)
     if named := [*images.index.burnt, *map(str, suspects)]:
-        remedy = f"a suspicion: look at the sheet; names in pixels are learnt like all else. First: {named[0]}"
+        remedy = f"a suspicion: look at the sheet; names in pixels are learnt like all else. First: {shown(named[0])}"
         found = Finding("text in the pixels", said, "warning", remedy)
     return [found, Finding("contact sheet", "some images as training sees them", remedy=f"look at {sheet}")]
 

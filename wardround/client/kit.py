@@ -134,10 +134,13 @@ def _check_key(name: str, found: CoordinatorConfig, path: Path) -> None:
         own = load_ssh_private_key(found.private_key.read_bytes(), None).public_key()
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(f"{found.private_key}: is no unencrypted private key; put the original back.") from error
+    again = "or send a new request from 'wardround site init'"
+    if not isinstance(own, EllipticCurvePublicKey):
+        raise ConfigError(f"{found.private_key}: is no ECDSA key; put the original back, {again}.")
     known = load_ssh_public_key(line)
     if own != known:
-        assert isinstance(own, EllipticCurvePublicKey) and isinstance(known, EllipticCurvePublicKey)
+        assert isinstance(known, EllipticCurvePublicKey), "the coordinator signed it"
         raise ConfigError(
             f"{found.private_key}: is another site's key, {fingerprint(own)}; the coordinator knows '{name}' by "
-            f"{fingerprint(known)}. Put the right one back, or send a new request from 'wardround site init'."
+            f"{fingerprint(known)}. Put the right one back, {again}."
         )

@@ -40,7 +40,9 @@ def reach(found: CoordinatorConfig) -> Reached:
         if "certificate" in str(error):
             raise ConnectionRefusedError(f"the certificate at {found.address} {why_untrusted(found)}") from error
         raise ConnectionError(f"{found.address} does not answer: {error or type(error).__name__}") from error
-    ahead = None if date is None else time.time() - parsedate_to_datetime(date).timestamp()
+    ahead = None
+    with suppress(ValueError):  # what is no date tells no time
+        ahead = None if date is None else time.time() - parsedate_to_datetime(date).timestamp()
     return Reached(load_der_x509_certificate(certificate), ahead)
 
 

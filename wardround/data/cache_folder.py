@@ -11,8 +11,9 @@ from pathlib import Path
 
 from wardround.config.federation import DataConfig
 from wardround.data.cache import Cache, private
+from wardround.data.patients import keyed_hash
 
-READER = 2  # raise it with every change to what pixels or facts come out of a file
+READER = 3  # raise it with every change to what pixels or facts come out of a file
 _DECODERS = (
     "pydicom",
     "pillow",
@@ -26,17 +27,17 @@ _DECODERS = (
 
 
 @contextmanager
-def opened_cache(work: Path, data: DataConfig, opt_outs: frozenset[str]) -> Iterator[Cache]:
+def opened_cache(work: Path, data: DataConfig, salt: bytes, opt_outs: frozenset[str]) -> Iterator[Cache]:
     """Yield the cache for these settings; waits while another process indexes into the same work folder.
 
     Folders that could hold an image of a patient who has since opted out are deleted, as are those of
-    other decoders: another codec can give other pixels.
+    other decoders, for another codec can give other pixels, and of another salt, for its patients have other names.
     """
     root = work / "cache"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with private(root / "lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        software = _short([READER, *(_version(name) for name in _DECODERS)])
+        software = _short([READER, keyed_hash(salt, "cache"), *(_version(name) for name in _DECODERS)])
         folder = root / f"{software}-{_short(_settings(data))}"
         current = _short(sorted(opt_outs))
         for other in root.iterdir():

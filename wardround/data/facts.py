@@ -22,6 +22,10 @@ class ReadError(DataError):
     """One file cannot be read; the text says why, and holds no value of any of its tags but codes."""
 
 
+class PassingError(ReadError):
+    """One file cannot be read now, which says nothing of its content: it is tried again at the next index."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """The header of one file. `patient` and `series` are identifiers: they are turned into pseudonyms and dropped."""

@@ -1,7 +1,8 @@
 """A site's images as training sees them, and the account of every file: read, or left out and why."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from wardround.config.site import SiteConfig
 from wardround.data.cache import Cache, Entry, Rows, Seen
 from wardround.data.cache_folder import opened_cache
 from wardround.data.criteria import unmet
-from wardround.data.facts import ReadError
+from wardround.data.facts import PassingError, ReadError
 from wardround.data.intensities import to_square
-from wardround.data.listing import Listed, list_files
-from wardround.data.patients import pseudonym, read_opt_outs, read_salt
-from wardround.data.readers import quiet, read_facts, read_frames
+from wardround.data.listing import Listed, list_files, shown
+from wardround.data.patients import keyed_hash, pseudonym, read_opt_outs, read_salt
+from wardround.data.readers import BY_NAME, is_named_volume, quiet, read_facts, read_frames, reasons
 from wardround.data.selection import Origin, Selection, select
 from wardround.errors import DataError
 
@@ -32,7 +33,7 @@ class Index:
     duplicates: int  # files whose bytes are those of another
     opted_out: int  # files of patients on the site's opt-out list
     excluded: Mapping[str, int]  # files by the criterion that they do not meet
-    quarantined: tuple[tuple[str, str], ...]  # path relative to the images folder, and the reason
+    quarantined: tuple[tuple[str, str], ...]  # path relative to the images folder, on one line, and the reason
     samples: int  # images that training sees: frames of the files read, or cubes of the volumes
     skipped_frames: Mapping[str, int]  # frames of the files read that training does not see, by reason
     patients: int
@@ -70,17 +71,22 @@ def open_site(site: SiteConfig, data: DataConfig) -> SiteImages:
         listed = list_files(site, data.criteria)
         salt = read_salt(site.work)
         opt_outs = read_opt_outs(site.images.opt_out, site.name, salt)
-        with quiet(), opened_cache(site.work, data, opt_outs) as cache:
+        with quiet(), opened_cache(site.work, data, salt, opt_outs) as cache:
             contents, paths, unopened = _look(site.name, listed, data, salt, cache)
             units = _units(contents, cache, data)
+            passing: dict[str, Entry] = {}  # not learnt: what cannot be read now may be read at the next index
             while True:
-                selection = select(units, cache.entries, data, salt, opt_outs)
+                selection = select(units, cache.entries | passing, data, salt, opt_outs)
                 lacking = sorted({sample[0] for sample in selection.order if not cache.has(sample)})
                 if not lacking:
                     break
                 for key in tqdm(lacking, f"{site.name}: decoding", unit="file", disable=None, delay=2, leave=False):
-                    _decode(key, [files[0].path for files in units[key]], data, cache)
-            images = cache.commit(selection.order, paths, units)
+                    files = {same[0].path: cache.seen[paths[same[0].name]] for same in units[key]}
+                    try:
+                        _decode(key, files, data, cache)
+                    except PassingError as error:
+                        passing[key] = replace(cache.entries[key], reason=str(error))
+            images = cache.commit(selection.order, paths.values(), units)
     except OSError as error:
         raise DataError(
             f"site '{site.name}': the work folder cannot be used: {error.strerror}. Free space there, or set 'work' "
@@ -95,25 +101,48 @@ def open_site(site: SiteConfig, data: DataConfig) -> SiteImages:
 
 def _look(
     who: str, listed: Sequence[Listed], data: DataConfig, salt: bytes, cache: Cache
-) -> tuple[dict[str, list[Listed]], list[str], list[tuple[str, str]]]:
+) -> tuple[dict[str, list[Listed]], dict[str, str], list[tuple[str, str]]]:
     """Find each file's content, and read the header of what was never seen.
 
-    Returns content key -> its files, the keyed hashes of the paths seen, and the files that cannot be opened.
+    Returns content key -> its files, name -> the keyed hash of each path seen, and the files that cannot be opened.
     """
     contents: dict[str, list[Listed]] = {}
-    paths, unopened = [], []
+    paths: dict[str, str] = {}
+    unopened = []
     for one in tqdm(listed, f"{who}: looking", unit="file", disable=None, delay=2, leave=False):
-        path_hash = pseudonym(salt, f"path {one.name}")
+        path_hash = keyed_hash(salt, f"name {one.name}")
         try:
             key = _content(one, path_hash, cache)
+            if key not in cache.entries or _is_named_at_last(cache.entries[key], one.path):
+                with _unchanged({one.path: cache.seen[path_hash]}):
+                    entry = _entry(one.path, data, salt)
+                cache.learn(key, entry)
         except ReadError as error:
             unopened.append((one.name, str(error)))
             continue
-        if key not in cache.entries:
-            cache.learn(key, _entry(one.path, data, salt))
         contents.setdefault(key, []).append(one)
-        paths.append(path_hash)
+        paths[one.name] = path_hash
+    for files in contents.values():
+        files.sort(key=lambda one: not is_named_volume(one.path))  # the first is decoded, by what its name says
     return contents, paths, unopened
+
+
+def _is_named_at_last(entry: Entry, path: Path) -> bool:
+    """Return whether a content was known by no name that says what it is, and has one now."""
+    return entry.reason.startswith(BY_NAME) and is_named_volume(path)
+
+
+@contextmanager
+def _unchanged(files: Mapping[Path, Seen]) -> Iterator[None]:
+    """Raise PassingError where a file is not as it was when its content was hashed, whatever was read of it."""
+    try:
+        yield
+    finally:
+        with reasons("state"):
+            for path, seen in files.items():
+                status = path.stat()
+                if (seen.size, seen.mtime_ns) != (status.st_size, status.st_mtime_ns):
+                    raise PassingError("changed while it was read; the next index looks at it again")
 
 
 def _content(one: Listed, path_hash: str, cache: Cache) -> str:
@@ -133,9 +162,11 @@ def _content(one: Listed, path_hash: str, cache: Cache) -> str:
 
 
 def _entry(path: Path, data: DataConfig, salt: bytes) -> Entry:
-    """Return what a file's header says of it."""
+    """Return what a file's header says of it. Raises PassingError where it cannot be read now."""
     try:
         facts = read_facts(path, data.dimensions)
+    except PassingError:
+        raise
     except ReadError as error:
         return Entry(reason=str(error))
     return Entry(
@@ -182,12 +213,18 @@ def _joined(slices: Sequence[Entry]) -> Entry:
     )
 
 
-def _decode(key: str, paths: Sequence[Path], data: DataConfig, cache: Cache) -> None:
-    """Put a unit's frames or cubes into the cache, or the reason why it has none."""
+def _decode(key: str, files: Mapping[Path, Seen], data: DataConfig, cache: Cache) -> None:
+    """Put a unit's frames or cubes into the cache, or the reason why it has none.
+
+    Raises PassingError where they cannot be read now.
+    """
     entry = cache.entries[key]
     numbers = range(0, entry.frames, data.slice_stride)
     try:
-        rows = _rows(key, paths, numbers, data)
+        with _unchanged(files):
+            rows = _rows(key, list(files), numbers, data)
+    except PassingError:
+        raise
     except ReadError as error:
         cache.learn(key, replace(entry, reason=str(error)))
         return
@@ -219,7 +256,7 @@ def _index(files: int, selection: Selection, unopened: Sequence[tuple[str, str]]
         duplicates=selection.duplicates,
         opted_out=selection.opted_out,
         excluded=dict(sorted(selection.excluded.items())),
-        quarantined=tuple(sorted([*selection.quarantined, *unopened])),
+        quarantined=tuple(sorted((shown(name), why) for name, why in [*selection.quarantined, *unopened])),
         samples=len(selection.order),
         skipped_frames={reason: count for reason, count in selection.skipped_frames.items() if count},
         patients=max(selection.patients, default=-1) + 1,

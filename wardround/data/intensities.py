@@ -1,5 +1,6 @@
 """Numbers to intensities on [0, 1], and an image of any size to the square that is trained on."""
 
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,10 @@ def stretched(values: Values, reference: Values | None = None) -> Values:
     The percentiles are those of the finite numbers of `reference`, or of the values themselves.
     """
     flat = (values if reference is None else reference).reshape(-1)
-    flat = flat[:: max(1, flat.size // _SAMPLED)]
+    step = max(1, flat.size // _SAMPLED)
+    while gcd(step, flat.size) > 1:  # one that shares a factor with the width would see some of the columns alone
+        step += 1
+    flat = flat[::step]
     finite = flat[np.isfinite(flat)]
     low, high = np.percentile(finite, (0.5, 99.5)) if finite.size else (0.0, 0.0)
     if high <= low:  # nearly all pixels alike: the few others are the picture

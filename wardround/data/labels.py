@@ -106,6 +106,11 @@ def path_in(folder: Path, name: str, where: str) -> Path:
     pure = PurePosixPath(name)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise DataError(f"{where}: '{name}' is no path inside the folder; write it relative to labels.csv.")
-    if not (path := folder / name).is_file():
+    path = folder / name
+    try:
+        there = path.is_file()
+    except OSError:  # a name longer than disks hold, or a folder that may not be entered
+        there = False
+    if not there:
         raise DataError(f"{where}: the file '{name}' does not exist; add it, or leave the row out.")
     return path

@@ -34,6 +34,29 @@ def list_files(site: SiteConfig, criteria: CriteriaConfig) -> list[Listed]:
                 f"site '{site.name}': the DICOMweb server has no object that takes part; see [images] filters."
             )
         return sorted(listed, key=lambda one: one.name)
+    try:
+        found = _in_folder(site, folder)
+    except OSError as error:
+        raise DataError(
+            f"site '{site.name}': the images folder {folder} cannot be looked into: {error.strerror}. Let the account "
+            "that runs Wardround read it."
+        ) from error
+    if not found:
+        raise DataError(f"site '{site.name}': the images folder {folder} is empty. Set [images] folder.")
+    return sorted(found, key=lambda one: one.name)
+
+
+def shown(name: str) -> str:
+    r"""Return a file's name as one line that any terminal shows.
+
+    >>> print(shown("two\nlines"), shown("not UTF-8: \udce9"))
+    two\nlines not UTF-8: \udce9
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+
+
+def _in_folder(site: SiteConfig, folder: Path) -> list[Listed]:
+    """Return every file of a site that has a folder, unsorted."""
     if not folder.is_dir():
         raise DataError(f"site '{site.name}': the images folder {folder} does not exist. Set [images] folder.")
     if site.work.resolve().is_relative_to(folder.resolve()):
@@ -42,14 +65,10 @@ def list_files(site: SiteConfig, criteria: CriteriaConfig) -> list[Listed]:
             "images. Set 'work' to a folder of its own."
         )
     labelled = (folder / "labels.csv").is_file() if site.images.kind == "auto" else site.images.kind == "labelled"
-    if labelled:
-        rows = chosen(read_rows(folder), folder, site.images.site, site.images.splits)
-        found = [Listed(row.file, row.path, row.patient) for row in rows]
-    else:
-        found = _walk(folder)
-    if not found:
-        raise DataError(f"site '{site.name}': the images folder {folder} is empty. Set [images] folder.")
-    return sorted(found, key=lambda one: one.name)
+    if not labelled:
+        return _walk(folder)
+    rows = chosen(read_rows(folder), folder, site.images.site, site.images.splits)
+    return [Listed(row.file, row.path, row.patient) for row in rows]
 
 
 def _walk(folder: Path) -> list[Listed]:
@@ -60,13 +79,25 @@ def _walk(folder: Path) -> list[Listed]:
         found.append(_listed(folder, Path(error.filename), f"a folder that cannot be opened: {error.strerror}"))
 
     for parent, folders, files in os.walk(folder, onerror=unreadable):
-        paths = [Path(parent, name) for name in files]
-        found += [
-            _listed(folder, path, "" if path.is_file() else "no regular file, or a broken link") for path in paths
-        ]
-        links = [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
+        found += [_listed(folder, path, _unfit(path)) for path in (Path(parent, name) for name in files)]
+        links = [Path(parent, name) for name in folders if _is_link(Path(parent, name))]
         found += [_listed(folder, path, "a link to a folder; mount or copy that folder inside") for path in links]
     return found
+
+
+def _unfit(path: Path) -> str:
+    """Return why a file is not even opened; "" where it may be."""
+    try:
+        return "" if path.is_file() else "no regular file, or a broken link"
+    except OSError as error:  # in a folder that may be listed and not entered, or on a disk that fails
+        return f"cannot be opened: {error.strerror}"
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except OSError:  # the walk says why
+        return False
 
 
 def _listed(folder: Path, path: Path, problem: str) -> Listed:

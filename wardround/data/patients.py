@@ -29,7 +29,7 @@ def read_salt(work: Path) -> bytes:
     if len(salt) != _SALT_BYTES:
         raise DataError(
             f"{path.name} in the work folder has {len(salt)} bytes, expected {_SALT_BYTES}: it was cut or replaced. "
-            "Remove it and the folder 'cache'; both are made again"
+            "Remove it; it and the cache are made again"
         )
     return salt
 
@@ -41,7 +41,12 @@ def pseudonym(salt: bytes, identifier: str) -> str:
     share a privacy unit and an opt-out: the error is on the safe side.
     """
     text = identifier.strip().casefold()
-    return hmac.new(salt, text.encode(errors="surrogateescape"), hashlib.sha256).hexdigest()[:32] if text else ""
+    return keyed_hash(salt, text) if text else ""
+
+
+def keyed_hash(salt: bytes, text: str) -> str:
+    """Return the HMAC-SHA256 of a text as it stands, a path's for instance: 32 hexadecimal digits."""
+    return hmac.new(salt, text.encode(errors="surrogateescape"), hashlib.sha256).hexdigest()[:32]
 
 
 def read_opt_outs(path: Path | None, site: str, salt: bytes) -> frozenset[str]:

@@ -14,6 +14,7 @@ from wardround.data.facts import Facts, Frame, ReadError, Window
 from wardround.data.intensities import stretched, windowed
 
 _DEEP = ("I", "F")  # Pillow's modes with more than eight bits, "I;16" and its like included
+_PHOTOMETRIC = 262  # TIFF's tag; 0: the lowest value is white
 _GREY = ("1", "L", "LA", "La")
 
 
@@ -22,7 +23,9 @@ def picture_facts(path: Path) -> Facts:
     try:
         with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
             grey = image.mode in _GREY or image.mode.startswith(_DEEP)
-            return Facts(getattr(image, "n_frames", 1), image.height, image.width, 1 if grey else 3)
+            # Cameras put a preview, a depth or a gain map behind a photograph.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            return Facts(frames, image.height, image.width, 1 if grey else 3)
     except Image.DecompressionBombError as error:
         raise ReadError("too large: its header declares more pixels than any image has") from error
 
@@ -33,13 +36,18 @@ def picture_frames(path: Path, numbers: Sequence[int], window: Window | None) ->
     Eight bits are taken as they are. Sixteen bits say nothing of the range they use, so without a
     window they are stretched between percentiles.
     """
-    with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+    # By its name, Pillow 13 would map a plain TIFF that is turned with the sides it has once upright: scrambled.
+    with path.open("rb") as file, Image.open(file, formats=("PNG", "JPEG", "TIFF")) as image:
         for index in numbers:
             image.seek(index)
+            deep = image.mode.startswith(_DEEP)
+            # Of eight bits Pillow does it by itself.
+            inverted = deep and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
             page = ImageOps.exif_transpose(image)
-            if not page.mode.startswith(_DEEP):
+            if not deep:
                 page = page.convert("L" if page.mode in _GREY else "RGB")
-            yield _shown(np.asarray(page), window)
+            seen = _shown(np.asarray(page), window)
+            yield 1 - seen if inverted else seen
 
 
 def array_facts(path: Path) -> Facts:

@@ -12,7 +12,7 @@ import pydicom.config
 from PIL import Image
 
 from wardround.data import dicom, dicom_pixels, nifti, pictures
-from wardround.data.facts import Facts, Frame, ReadError, Window
+from wardround.data.facts import Facts, Frame, PassingError, ReadError, Window
 
 
 class Reader(NamedTuple):
@@ -39,6 +39,7 @@ _STARTS = {
 }
 _VOLUMES = ("DICOM", "volume")
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgh", ".mgz")
+BY_NAME = ("not an image", "not DICOM")  # how the reasons begin that another name would change
 
 
 def read_facts(path: Path, dimensions: int = 2) -> Facts:
@@ -70,11 +71,16 @@ def format_of(path: Path) -> str:
     for start, kind in _STARTS.items():
         if head.startswith(start):
             return kind
-    if path.name.lower().endswith(_VOLUME_SUFFIXES):
+    if is_named_volume(path):
         return "volume"
     if path.suffix.lower() in (".dcm", ".dicom"):
         raise ReadError("not DICOM: neither the DICM prefix nor a DICOM element at its start, whatever its name says")
     raise ReadError("not an image: neither DICOM, NIfTI, PNG, JPEG, TIFF nor npz")
+
+
+def is_named_volume(path: Path) -> bool:
+    """Return whether a file's name says that it is a volume, which compressed bytes do not."""
+    return path.name.lower().endswith(_VOLUME_SUFFIXES)
 
 
 def _starts_with_element(head: bytes) -> bool:
@@ -128,10 +134,10 @@ def reasons(part: str) -> Iterator[None]:
     except ReadError:
         raise
     except MemoryError as error:
-        raise ReadError("too large for this machine's memory") from error
+        raise PassingError("too large for this machine's memory") from error
     except OSError as error:
         if error.strerror:
-            raise ReadError(f"cannot be opened: {error.strerror}") from error
+            raise PassingError(f"cannot be opened: {error.strerror}") from error
         raise ReadError(f"damaged or cut off: its {part} cannot be read") from error
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise

@@ -49,23 +49,27 @@ def select(
     """Return the samples of these units in content order.
 
     A unit is a file, or a series of them: its key -> for each content, the files that have it. Patients who
-    share a file count as one: else a privacy unit would leave part of itself in another.
+    share a file that is trained on count as one: else a privacy unit would leave part of itself in another.
     """
     result = Selection()
     numbers: dict[str, int] = {}
     taken: Counter[str] = Counter()
-    owners = {key: _owners(units[key], entries[key], salt) for key in units}
+    tabled = {key: _tabled(units[key], salt) for key in units}
+    unfit = {key: entries[key].excluded or _other_channels(entries[key], data) for key in units}
+    fit = [key for key in units if not (entries[key].reason or unfit[key])]
+    # The table's word counts before the file's, unless other files of that patient have no word but their own.
+    headed = {entries[key].patient for key in fit if not tabled[key]} - {""}
+    owners = {key: sorted(tabled[key] | ({entries[key].patient} & headed)) for key in fit}
     one = _joined(owners.values())
     for key in sorted(units):
         entry, contents = entries[key], units[key]
-        listed = sorted(one.patient for files in contents for one in files if one.patient)
         result.duplicates += sum(len(files) - 1 for files in contents)
-        if opt_outs & {entry.patient, *(pseudonym(salt, patient) for patient in listed)}:
+        if opt_outs & {entry.patient, *tabled[key]}:
             result.opted_out += len(contents)
         elif entry.reason:
             result.quarantined += [(files[0].name, entry.reason) for files in contents]
-        elif unfit := entry.excluded or _other_channels(entry, data):
-            result.excluded[unfit] += len(contents)
+        elif unfit[key]:
+            result.excluded[unfit[key]] += len(contents)
         else:
             result.read += len(contents)
             # Without any name a file is a patient of its own.
@@ -93,10 +97,9 @@ def _other_channels(entry: Entry, data: DataConfig) -> str:
     return f"{entry.channels} channel{'s' if entry.channels > 1 else ''}, without convert_channels"
 
 
-def _owners(contents: Sequence[Sequence[Listed]], entry: Entry, salt: bytes) -> list[str]:
-    """Return the pseudonyms of whose a unit is; the table's word counts before the file's."""
-    listed = {pseudonym(salt, one.patient) for files in contents for one in files if one.patient}
-    return sorted(listed) or ([entry.patient] if entry.patient else [])
+def _tabled(contents: Sequence[Sequence[Listed]], salt: bytes) -> set[str]:
+    """Return the pseudonyms of those whom a table lists a unit for."""
+    return {pseudonym(salt, one.patient) for files in contents for one in files if one.patient}
 
 
 def _joined(groups: Iterable[Sequence[str]]) -> dict[str, str]:
