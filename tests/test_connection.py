@@ -83,6 +83,19 @@ def test_stock_supernodes_sign_what_we_sign() -> None:
     assert signed[0] == signed[1]
 
 
+@pytest.mark.parametrize("date", ["", "yesterday", "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_refusal_whose_date_is_none_leaves_the_clock_as_it_is(date: str) -> None:
+    clock = CoordinatorsClock(ec.generate_private_key(ec.SECP384R1()))
+    request, calls = httpx.Request("POST", "https://coordinator/v1/fleet/pull-messages"), list[httpx.Request]()
+
+    def refuse(context: ProtobufRequestContext) -> httpx.Response:
+        calls.append(context.request)
+        return httpx.Response(401, headers={"date": date})
+
+    assert clock.intercept(ProtobufRequestContext("", Node(), request), refuse).status_code == 401
+    assert clock.ahead == 0.0 and len(calls) == 1
+
+
 @pytest.mark.parametrize(
     ("client", "calls"),
     [

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 
 import httpx
 from cryptography.x509 import Certificate, load_der_x509_certificate, load_pem_x509_certificate
 
 from wardround.client.kit import why_untrusted
 from wardround.config.site import CoordinatorConfig
+from wardround.connection.clock import ahead_of
 from wardround.connection.way import way
 
 _PATIENCE = 10.0  # seconds
@@ -40,10 +40,7 @@ def reach(found: CoordinatorConfig) -> Reached:
         if "certificate" in str(error):
             raise ConnectionRefusedError(f"the certificate at {found.address} {why_untrusted(found)}") from error
         raise ConnectionError(f"{found.address} does not answer: {error or type(error).__name__}") from error
-    ahead = None
-    with suppress(ValueError):  # what is no date tells no time
-        ahead = None if date is None else time.time() - parsedate_to_datetime(date).timestamp()
-    return Reached(load_der_x509_certificate(certificate), ahead)
+    return Reached(load_der_x509_certificate(certificate), None if date is None else ahead_of(date))
 
 
 def ends(found: CoordinatorConfig, seen: Certificate | None) -> dict[str, datetime]:

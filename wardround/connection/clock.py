@@ -17,6 +17,16 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 log = logging.getLogger(__name__)
 
 _SAME_CLOCK = 2.0  # seconds; SuperLink takes 5 ahead, and a Date header has whole seconds
+_CENTURY = 3.2e9  # seconds; no clock is so wrong
+
+
+def ahead_of(date: str) -> float | None:
+    """Return the seconds by which this machine's clock is ahead of a Date header; None where that tells no time."""
+    try:
+        ahead = time.time() - parsedate_to_datetime(date).timestamp()
+    except (ValueError, OverflowError):
+        return None
+    return ahead if abs(ahead) < _CENTURY else None
 
 
 class CoordinatorsClock:
@@ -54,10 +64,8 @@ class CoordinatorsClock:
 
     def _set(self, dates: list[str]) -> bool:
         """Take the time of a Date header (RFC 9110, 6.6.1), the gate's or SuperLink's; return whether it is news."""
-        if not dates:
-            return False
-        ahead = time.time() - parsedate_to_datetime(dates[0]).timestamp()
-        if abs(ahead - self.ahead) < _SAME_CLOCK:
+        ahead = ahead_of(dates[0]) if dates else None
+        if ahead is None or abs(ahead - self.ahead) < _SAME_CLOCK:
             return False
         self.ahead = ahead
         log.warning("this machine's clock is %+.0f s off the coordinator's, whose time is used", ahead)
