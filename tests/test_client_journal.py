@@ -83,6 +83,18 @@ def test_the_memory_of_what_was_folded_outlasts_any_number_of_dropped_rounds(jou
     assert journal.memory(2) is None and journal.memory(3) is None
 
 
+def test_what_a_round_left_that_was_never_finished_goes_with_the_next_one(journal: Journal) -> None:
+    journal.finish(1, block(1), memory(1), 0)
+    begin(journal, 2)
+    journal.midway(2).write_bytes(b"as large as state, teacher and moments")  # cut; the coordinator went on without it
+    begin(journal, 3)
+    assert journal.midway(2).exists()
+    journal.finish(3, block(3), memory(3), last_folded=1)
+    assert sorted(folder.name for folder in journal.folder.glob("round-*")) == ["round-00001", "round-00003"]
+    with pytest.raises(PolicyRefusal, match="round 2 lies behind round 3"):
+        journal.replay(2, "s")
+
+
 def test_a_damaged_update_is_not_replayed(journal: Journal) -> None:
     journal.finish(1, block(1), memory(1), 0)
     path = next(journal.folder.glob("*/update.safetensors"))

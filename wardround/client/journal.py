@@ -93,13 +93,15 @@ class Journal:
     def finish(self, round: int, update: bytes, memory: State, last_folded: int) -> None:
         """Keep a round's update and the site memory after it; the update's name on disk means done.
 
-        Beside it, only the last folded round is kept: the server names one of the two next.
+        Beside it, only the last folded round is kept: the server names one of the two next. What was cut in a round
+        before, and never finished, goes too: rounds only go forward.
         """
         write_tensors(self._round(round) / "memory.safetensors", memory)
         write_file(self._round(round) / "update.safetensors", update)
         self.midway(round).unlink(missing_ok=True)
-        for old in set(self._finished()) - {round, last_folded}:
-            shutil.rmtree(self._round(old))
+        for folder in self.folder.glob("round-*"):
+            if (number := int(folder.name.removeprefix("round-"))) < round and number != last_folded:
+                shutil.rmtree(folder)
 
     def midway(self, round: int) -> Path:
         """Return the file in which it is kept how far the training of a round has come."""
