@@ -35,6 +35,16 @@ def test_a_finished_round_is_replayed_byte_for_byte_from_the_same_state_only(jou
     assert journal.replay(1, "another") is None
 
 
+def test_the_round_before_is_replayed_too_while_it_is_kept_and_never_trained_again(journal: Journal) -> None:
+    journal.finish(1, block(1), memory(1), 0)
+    journal.finish(2, block(2), memory(2), last_folded=1)
+    assert journal.replay(1, "s") == block(1)
+    for state, spoilt in (("another", block(1)), ("s", block(1)[:-1])):
+        (journal.folder / "round-00001/update.safetensors").write_bytes(spoilt)
+        with pytest.raises(PolicyRefusal, match="round 1 lies behind round 2"):
+            journal.replay(1, state)
+
+
 def begin(journal: Journal, round: int) -> None:
     with journal.training(round):
         pass

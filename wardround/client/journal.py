@@ -38,21 +38,26 @@ class Journal:
     def replay(self, round: int, state: str) -> bytes | None:
         """Return the finished update of a round from a state, or None where there is none.
 
-        Raises PolicyRefusal for a round that lies behind the newest finished one.
+        Raises PolicyRefusal for a round that lies behind the newest finished one, unless its update is kept: a
+        coordinator that lost its newest checkpoint goes back by a round, and the same bytes tell nothing new.
         """
-        newest = max(self._finished(), default=0)
-        if round < newest:
+        block, newest = self._kept(round, state), max(self._finished(), default=0)
+        if block is None and round < newest:
             raise PolicyRefusal(
                 f"round {round} lies behind round {newest}, which is done here; rounds only go forward. A federation "
                 "that begins anew needs another seed in its file, and so another approval."
             )
+        return block
+
+    def _kept(self, round: int, state: str) -> bytes | None:
+        """Return the update of a round from a state, or None where this disk does not have it, or has it damaged."""
         path = self._round(round) / "update.safetensors"
         if not path.exists():
             return None
         block = path.read_bytes()
         try:
             return block if Update.from_bytes(block).state == state else None
-        except UpdateError:  # damaged on this disk: train the round again, which is counted
+        except UpdateError:  # the newest round is then trained again, which is counted
             return None
 
     def released(self, round: int) -> bool:
