@@ -86,12 +86,19 @@ def test_the_servers_variate_moves_by_the_sites_changes_over_all_members() -> No
 CURVES, OPTIMA = {"lyon": 1.0, "oslo": 4.0}, {"lyon": 0.0, "oslo": 10.0}  # of a / 2 * (w - b)^2
 
 
-def rounds_of_two_sites(correction: Any, rounds: int, steps: int = 20, rate: float = 0.1) -> float:
-    """Return where two sites end that each descend their own parabola; the sum's lowest point is at 8."""
+def rounds_of_two_sites(
+    correction: Any, rounds: int, steps: int = 20, rate: float = 0.1, lost: int | None = None
+) -> float:
+    """Return where two sites end that each descend their own parabola; the sum's lowest point is at 8.
+
+    Before the round `lost`, one of them loses its site memory.
+    """
     state: State = {"w": np.zeros(1)}
     server: State = {}
     own: dict[str, State] = {site: {} for site in CURVES}
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number == lost:
+            own["oslo"] = {}
         ends, changes = {}, {}
         for site in CURVES:
             variates = parted(server)[1]
@@ -117,6 +124,12 @@ def test_scaffold_reaches_the_optimum_that_fedavg_drifts_away_from_and_fedprox_c
     near = rounds_of_two_sites(FedProxConfig(name="fedprox", mu=2.0), rounds=60)
     assert plain < 6.0
     assert plain + 0.5 < near < 8.0
+
+
+def test_a_variate_that_a_site_lost_stays_in_the_servers_and_pulls_for_good() -> None:
+    """The server's variate is no mean of the sites' any more, nor ever again: docs/coordinator.md warns of it."""
+    ends = [rounds_of_two_sites(ScaffoldConfig(name="scaffold"), rounds, lost=60) for rounds in (60, 120, 240)]
+    assert ends == pytest.approx([8.0, 9.6, 9.6], abs=1e-3)
 
 
 def test_scaffolds_variate_is_the_mean_gradient_of_the_round_weighted_by_the_schedule() -> None:

@@ -35,6 +35,16 @@ def test_a_finished_round_is_replayed_byte_for_byte_from_the_same_state_only(jou
     assert journal.replay(1, "another") is None
 
 
+def test_the_round_before_is_replayed_too_while_it_is_kept_and_never_trained_again(journal: Journal) -> None:
+    journal.finish(1, block(1), memory(1), 0)
+    journal.finish(2, block(2), memory(2), last_folded=1)
+    assert journal.replay(1, "s") == block(1)
+    for state, spoilt in (("another", block(1)), ("s", block(1)[:-1])):
+        (journal.folder / "round-00001/update.safetensors").write_bytes(spoilt)
+        with pytest.raises(PolicyRefusal, match="round 1 lies behind round 2"):
+            journal.replay(1, state)
+
+
 def begin(journal: Journal, round: int) -> None:
     with journal.training(round):
         pass
@@ -81,6 +91,18 @@ def test_the_memory_of_what_was_folded_outlasts_any_number_of_dropped_rounds(jou
         journal.finish(round, block(round), memory(round), last_folded=1)
     assert [journal.memory(round)["m"][0] for round in (1, 4)] == [1.0, 4.0]  # type: ignore[index]
     assert journal.memory(2) is None and journal.memory(3) is None
+
+
+def test_what_a_round_left_that_was_never_finished_goes_with_the_next_one(journal: Journal) -> None:
+    journal.finish(1, block(1), memory(1), 0)
+    begin(journal, 2)
+    journal.midway(2).write_bytes(b"as large as state, teacher and moments")  # cut; the coordinator went on without it
+    begin(journal, 3)
+    assert journal.midway(2).exists()
+    journal.finish(3, block(3), memory(3), last_folded=1)
+    assert sorted(folder.name for folder in journal.folder.glob("round-*")) == ["round-00001", "round-00003"]
+    with pytest.raises(PolicyRefusal, match="round 2 lies behind round 3"):
+        journal.replay(2, "s")
 
 
 def test_a_damaged_update_is_not_replayed(journal: Journal) -> None:

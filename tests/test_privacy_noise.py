@@ -10,7 +10,16 @@ import pytest
 import torch
 from scipy import stats
 
-from wardround.privacy.noise import _CHUNK, WORDS, _box_muller, fresh_generator, generator_from, standard_normal
+from wardround.privacy.noise import (
+    _CHUNK,
+    _FAR,
+    WORDS,
+    _box_muller,
+    _far_out,
+    fresh_generator,
+    generator_from,
+    standard_normal,
+)
 
 KINDS = ("torch", "secure")
 CHANCE = 1e-7  # of each side
@@ -67,6 +76,33 @@ def test_the_extreme_words_give_finite_normals() -> None:
     largest = math.sqrt(-2 * math.log(2.0**-53))  # 8.57: the uniform number above 0 that is the smallest
     assert _box_muller(none).T[0] == pytest.approx([largest, largest, 0, 0], abs=1e-14)
     assert _box_muller(all_ones).tolist() == [[0.0]] * 4  # the logarithm of 1
+
+
+def test_the_tail_is_not_that_of_24_random_bits() -> None:
+    """torch makes a pair of float32 normals, in blocks of 16, from a radius whose exp(-r^2 / 2) is a whole number of
+    2^-24: none is beyond 5.77, so that one which is would tell for certain that somebody's gradient took it there.
+    """
+    pairs = standard_normal((2**20, 2, 8), "torch").double()
+    far = (pairs.abs() > _FAR).any(1)
+    steps = torch.exp(-pairs.square().sum(1) / 2)[far] * 2**24
+    assert len(steps) > 500
+    assert (steps - steps.round()).abs().mean() > 0.2  # 0.25 of any numbers, 0.001 of whole ones in float32
+
+
+def test_what_is_drawn_far_out_is_the_normal_tail() -> None:
+    n, bins = 10**6, 64
+    drawn = _far_out(n, fresh_generator())
+    assert drawn.min() >= _FAR and drawn.max() > 5.77
+    counts, _ = np.histogram(stats.norm.sf(drawn) / stats.norm.sf(_FAR), bins, (0.0, 1.0))
+    assert counts.sum() == n
+    assert float(((counts - n / bins) ** 2).sum() / (n / bins)) < stats.chi2.isf(2 * CHANCE, bins - 1)
+
+
+def test_as_many_numbers_lie_far_out_on_either_side_as_of_a_normal() -> None:
+    drawn, n = standard_normal((2**24,), "torch"), 2**24
+    for count in (int((drawn > _FAR).sum()), int((drawn < -_FAR).sum())):
+        expected = n * float(stats.norm.sf(_FAR))
+        assert (count - expected) ** 2 / expected < stats.chi2.isf(2 * CHANCE, 1)
 
 
 def test_manual_seed_of_a_cpu_generator_takes_only_the_low_32_bits() -> None:

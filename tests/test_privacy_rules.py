@@ -184,6 +184,36 @@ def test_a_norm_is_never_understated_where_large_numbers_cancel(layer: nn.Linear
         assert (found.squares.double() >= true * (1 - 1e-5)).all(), spread
 
 
+class Steep(Of):
+    """A loss that rises by 1e18 with each number that comes out, as weights from outside can make it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layers(x) * 1e18).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("size", [1e-19, 1e-22, 1e-23, 1e-25, 1e-30])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(512, 256, bias=False), (4, 512)), (nn.Conv2d(256, 256, 3, padding=1, bias=False), (256, 3, 3))],
+    ids=["linear", "conv"],
+)
+def test_a_norm_is_never_understated_where_squares_are_too_small_for_a_float(
+    layer: nn.Module, shape: tuple[int, ...], size: float
+) -> None:
+    """Inputs whose squares are zero in float32, times a gradient that makes up for it."""
+    method = Steep(layer)
+    x = size * (1 + torch.rand(3, *shape, generator=torch.Generator().manual_seed(0)))
+    _, terms = unit_terms(method, (x,), Grouping(torch.arange(3), 3), [1])
+    (found,) = terms
+    for unit in range(3):
+        (plain,) = torch.autograd.grad(method(x[unit : unit + 1]).sum(), [found.parameter])
+        true = plain.double().square().sum()
+        assert found.squares[unit].double() >= true * (1 - 1e-5), (found.squares[unit], true)
+        alone = clipped_sum(method, (x[unit : unit + 1],), Grouping(torch.zeros(1, dtype=torch.long), 1), 1e-3, [1])
+        (total,) = alone.sums.values()  # at 1e-23 it was 20 and 65 times as long
+        assert total.double().norm() <= 1e-3 * (1 + 1e-6)
+
+
 def test_the_norm_of_a_words_gradient_is_never_understated() -> None:
     class Weighed(Of):
         def forward(self, x: Tensor) -> Tensor:

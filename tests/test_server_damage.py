@@ -1,15 +1,20 @@
 """A checkpoint that the disk damaged: the one before it is used, and nothing is lost that sites still have."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from conftest import tiny
-from honest_sites import SITES, Sites, final, ignore, make_run
+from conftest import tiny, write_labelled
+from honest_sites import SITES, Cut, Sites, final, ignore, make_run
 
+from wardround.client.app import run_task
+from wardround.config import read_site
 from wardround.errors import CheckpointError
 from wardround.plan import resolve
-from wardround.server.rounds import run_rounds
+from wardround.server.rounds import Ask, run_rounds
 from wardround.server.run_folder import RunFolder, create, open_run
+from wardround.simulate import index_sites
+from wardround.update import Refusal, Task
 
 
 def damage(run: RunFolder, number: int) -> None:
@@ -50,3 +55,34 @@ def test_a_noised_round_is_not_released_twice(tmp_path: Path) -> None:
     damage(run, 2)
     with pytest.raises(CheckpointError, match="releases the round twice"):
         run_rounds(open_run(tmp_path / "run"), Sites(run), ignore)
+
+
+@pytest.mark.parametrize("encoding", ["float32", "int8"])
+def test_sites_that_are_a_round_ahead_of_a_damaged_checkpoint_replay_what_it_was_made_of(
+    encoding: str, tmp_path: Path
+) -> None:
+    config = tiny(training={"rounds": 3}, encoding=encoding)
+    data = write_labelled(tmp_path / "data", {"lyon": 9, "oslo": 7})
+
+    def asking(out: Path, last: str | None = None) -> Ask:
+        def ask(tasks: Mapping[str, Task]) -> Iterator[tuple[str, bytes | Refusal]]:
+            for site, task in sorted(tasks.items()):
+                yield site, run_task(read_site(out / "sites" / site / "site.toml"), task)
+                if (site, task.round) == (last, 3):
+                    raise Cut
+
+        return ask
+
+    runs = []
+    for name in ("whole", "cut"):
+        members = dict.fromkeys(index_sites(config, data, tmp_path / name, threads=1), "")
+        runs.append(create(tmp_path / name, resolve(config), members, ""))
+    whole, cut = runs
+    run_rounds(whole, asking(whole.path), ignore)
+    with pytest.raises(Cut):
+        run_rounds(cut, asking(cut.path, "lyon"), ignore)  # which has done round 3, and oslo has not
+    damage(cut, 2)
+    run_rounds(open_run(cut.path), asking(cut.path), ignore)
+    assert final(cut) == final(whole)
+    trained = sorted(path.read_text() for path in cut.path.glob("sites/*/journal/*/round-*/trainings.json"))
+    assert trained == ["1"] * 4, "nothing was trained twice"

@@ -2,9 +2,11 @@
 
 import pickle
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,6 +161,23 @@ def test_batch_statistics_are_not_cut_in_two() -> None:
     )
     engine = Plain(methods.build(config), IMAGES, config, "lyon")
     with pytest.raises(UpdateError, match="memory ran out with 4 images at once"):
+        engine._halve()
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "processes", "words"),
+    [
+        (1, 1, "with 1 images at once. Set checkpointing = true in site.toml, or ask for a smaller [data] image_size."),
+        (0, 2, "with 2 images at once. Set micro_batch in site.toml lower, or checkpointing = true, or ask for a"),
+    ],
+)
+def test_where_no_half_is_left_it_is_said_what_can_still_be_changed(
+    micro_batch: int, processes: int, words: str
+) -> None:
+    config = tiny()
+    engine = Plain(methods.build(config), IMAGES, config, "lyon", micro_batch=micro_batch)
+    engine.fabric = SimpleNamespace(world_size=processes)  # type: ignore[assignment]  # all that is asked of it
+    with pytest.raises(UpdateError, match=re.escape(f"site 'lyon': memory ran out {words}")):
         engine._halve()
 
 

@@ -82,6 +82,15 @@ def test_a_loss_that_is_no_number_stops_with_the_step() -> None:
         pretrain(method, Plain(method, IMAGES, config, "lyon"), 0, 40, {}, "site 'lyon', round 1")
 
 
+def test_a_round_that_was_cut_counts_its_steps_from_its_own_beginning() -> None:
+    config = tiny(training={"local_steps": 40})
+    method = methods.build(config)
+    with torch.no_grad():
+        method.head.pixels.weight.mul_(torch.nan)
+    with pytest.raises(UpdateError, match=r"site 'lyon', round 2: the loss is nan at local step 4 of 40\."):
+        pretrain(method, Plain(method, IMAGES, config, "lyon"), 43, 37, {}, "site 'lyon', round 2")
+
+
 def test_the_joint_gradient_is_clipped() -> None:
     config = tiny(training={"clip_norm": 0.01})
     method = methods.build(config)

@@ -38,21 +38,26 @@ class Journal:
     def replay(self, round: int, state: str) -> bytes | None:
         """Return the finished update of a round from a state, or None where there is none.
 
-        Raises PolicyRefusal for a round that lies behind the newest finished one.
+        Raises PolicyRefusal for a round that lies behind the newest finished one, unless its update is kept: a
+        coordinator that lost its newest checkpoint goes back by a round, and the same bytes tell nothing new.
         """
-        newest = max(self._finished(), default=0)
-        if round < newest:
+        block, newest = self._kept(round, state), max(self._finished(), default=0)
+        if block is None and round < newest:
             raise PolicyRefusal(
                 f"round {round} lies behind round {newest}, which is done here; rounds only go forward. A federation "
                 "that begins anew needs another seed in its file, and so another approval."
             )
+        return block
+
+    def _kept(self, round: int, state: str) -> bytes | None:
+        """Return the update of a round from a state, or None where this disk does not have it, or has it damaged."""
         path = self._round(round) / "update.safetensors"
         if not path.exists():
             return None
         block = path.read_bytes()
         try:
             return block if Update.from_bytes(block).state == state else None
-        except UpdateError:  # damaged on this disk: train the round again, which is counted
+        except UpdateError:  # the newest round is then trained again, which is counted
             return None
 
     def released(self, round: int) -> bool:
@@ -93,13 +98,15 @@ class Journal:
     def finish(self, round: int, update: bytes, memory: State, last_folded: int) -> None:
         """Keep a round's update and the site memory after it; the update's name on disk means done.
 
-        Beside it, only the last folded round is kept: the server names one of the two next.
+        Beside it, only the last folded round is kept: the server names one of the two next. What was cut in a round
+        before, and never finished, goes too: rounds only go forward.
         """
         write_tensors(self._round(round) / "memory.safetensors", memory)
         write_file(self._round(round) / "update.safetensors", update)
         self.midway(round).unlink(missing_ok=True)
-        for old in set(self._finished()) - {round, last_folded}:
-            shutil.rmtree(self._round(old))
+        for folder in self.folder.glob("round-*"):
+            if (number := int(folder.name.removeprefix("round-"))) < round and number != last_folded:
+                shutil.rmtree(folder)
 
     def midway(self, round: int) -> Path:
         """Return the file in which it is kept how far the training of a round has come."""

@@ -9,7 +9,7 @@ arXiv:2110.05679). Else it is instantiated, kept, and weighted later.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import prod, sqrt
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,9 @@ from wardround.privacy.grouping import Grouping
 _CHUNK = 2**22  # inner products at once while norms are taken
 _LARGE = 3 * 2**19  # products in a matrix product that is taken by itself on a CPU (benchmarks/LOG.md)
 # A ghost norm is a sum of products of inner products, whose rounding errors may exceed what is left after they
-# cancel. Adding a multiple of the largest error there can be keeps the norm from being understated.
+# cancel. Adding a multiple of the largest error there can be keeps the norm from being understated. And inputs may be
+# so small that their squares are zero, though a steep gradient makes something of them: each term of an inner product
+# may lose as much as the smallest normal number, which is added too.
 _MARGIN = 16.0
 
 
@@ -109,13 +111,20 @@ def _ghost(calls: Found, group: Grouping) -> Tensor:
 
 def _ghost_of(parts: list[tuple[Call, Tensor, Tensor]]) -> Tensor:
     """Return squared norms, [M]: calls with A [M, N, D] and G [M, S, P]."""
-    squares, lengths = [], []
+    squares, of_both, of_inputs, of_outputs = [], [], [], []
     for place, (call, a, g) in enumerate(parts):
         for earlier, (other, b, h) in enumerate(parts[: place + 1]):
             of_a, of_g = _seen(call, other, _products(a, b)), _products(g, h)
             squares.append((of_a * of_g).sum((1, 2)).mul(1 if earlier == place else 2))
-        lengths.append((of_a.diagonal(dim1=1, dim2=2) * of_g.diagonal(dim1=1, dim2=2)).sqrt().sum(1))
-    error = _MARGIN * torch.finfo(of_a.dtype).eps * _sum(lengths).square()
+        long, steep = (x.diagonal(dim1=1, dim2=2).clamp(min=0) for x in (of_a, of_g))
+        of_both.append((long * steep).sqrt().sum(1))
+        of_inputs.append(long.sqrt().sum(1))
+        of_outputs.append(steep.sqrt().sum(1))
+    assert call.weight is not None
+    number, (outs, ins) = torch.finfo(of_a.dtype), call.weight.flatten(1).shape  # an inner product's terms, at most
+    error = _MARGIN * number.eps * _sum(of_both).square()
+    for terms_of_one, lengths in ((ins, of_outputs), (outs, of_inputs)):
+        error += (sqrt(terms_of_one * number.tiny) * _sum(lengths)).square()
     return (_sum(squares) + error).clamp(min=0)
 
 

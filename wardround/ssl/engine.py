@@ -142,14 +142,16 @@ class Plain:
     def _halve(self) -> None:
         """Take half as many images at once, and say so."""
         self.method.zero_grad(set_to_none=True)
-        if self.fabric.world_size > 1 or self.micro_batch == 1 or self.recipe.backbone.norm == "batch":
-            whole = self.recipe.backbone.norm == "batch"  # whose batches stay whole
-            own = "" if whole else "Set micro_batch in site.toml lower, or checkpointing = true, or "
+        largest = min(self.micro_batch, -(-self.recipe.training.batch_size // self.fabric.world_size))
+        if self.fabric.world_size > 1 or largest == 1 or self.recipe.backbone.norm == "batch":
+            own, less = "Set micro_batch in site.toml lower, or checkpointing = true, or", "[training] batch_size"
+            if largest == 1:
+                own, less = "Set checkpointing = true in site.toml, or", "[data] image_size"
+            if self.recipe.backbone.norm == "batch":  # whose batches stay whole
+                own, less = "Batch statistics need them all:", "[training] batch_size"
             raise UpdateError(
-                f"site '{self.site}': memory ran out with {self.micro_batch} images at once. "
-                f"{own or 'Batch statistics need them all: '}ask for a smaller [training] batch_size."
+                f"site '{self.site}': memory ran out with {largest} images at once. {own} ask for a smaller {less}."
             )
-        largest = min(self.micro_batch, self.recipe.training.batch_size)
         self.micro_batch = (largest + 1) // 2
         log.warning(
             "site '%s': memory ran out with %d images at once; goes on with %d, which gives the same gradient",

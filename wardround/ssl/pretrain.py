@@ -78,10 +78,11 @@ def pretrain(
             kept = time.monotonic()
     # Read once at the end: asking after each step would make a GPU wait for the CPU.
     values = torch.stack(losses).tolist()
-    for place, value in enumerate(values):
+    done = first_step % training.local_steps  # of this round, where it was cut and is gone on from
+    for place, value in enumerate(values, start=done + 1):
         if not math.isfinite(value):
             raise UpdateError(
-                f"{label}: the loss is {value} at local step {place + 1} of {steps}. Lower [training] learning_rate, "
-                "set clip_norm, or train in float32."
+                f"{label}: the loss is {value} at local step {place} of {done + steps}. Lower [training] "
+                "learning_rate, set clip_norm, or train in float32."
             )
     return Trained(values, get_moments(method, optimiser) if training.optimiser_state == "kept" else {})
