@@ -209,6 +209,17 @@ def test_scores_of_an_evaluation_stand_in_the_lineage_in_place_of_probes(tmp_pat
     assert read_scores(other)[1]["set"] != read_scores(path)[1]["set"]
 
 
+def test_scores_of_what_was_trained_on_too_are_a_cards_table_with_gaps(tmp_path: Path) -> None:
+    """What `wardround evaluate --finetune full` wrote: not every arm is trained on, and the random one from scratch."""
+    mean = {"balanced_accuracy": 0.9, "auc": 0.9}
+    tuned = [("backbone", "full"), ("random", "scratch")]
+    rows = [{"arm": arm, "probe": probe, "fraction": 1.0, "mean": mean} for arm, probe in tuned]
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(scores(rows=[*scores()["rows"], *rows])))
+    body = (export(trained(tmp_path / "run"), scores=path) / "README.md").read_text()
+    assert "| linear | 0.700 | 0.700 |\n| full | 0.900 |  |\n| scratch |  | 0.900 |\n" in body
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

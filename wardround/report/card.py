@@ -98,8 +98,11 @@ def _evaluation(said: Mapping[str, Any]) -> list[str]:
     if "missing" in found:
         lines = [f"Not measured: {found['missing']}."]
     else:
-        arms = list(next(iter(found["probes"].values())))
-        rows = [[probe, *(f"{scores[arm]:.3f}" for arm in arms)] for probe, scores in found["probes"].items()]
+        arms = list(dict.fromkeys(arm for scores in found["probes"].values() for arm in scores))
+        rows = [
+            [probe, *(f"{scores[arm]:.3f}" if arm in scores else "" for arm in arms)]  # not every arm is trained on
+            for probe, scores in found["probes"].items()
+        ]
         images = ", ".join(f"{count} {split}" for split, count in found["images"].items())
         lines = [
             f"{found['metric'].capitalize()} by {found['by']}; images: {images}.",
