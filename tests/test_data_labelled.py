@@ -58,6 +58,27 @@ def test_a_row_without_a_label_is_refused(labelled: Path) -> None:
         read_labelled(labelled, AS_IS)
 
 
+def test_blanks_around_a_label_make_no_class_of_their_own(labelled: Path) -> None:
+    """As of a patient, a site and a split, and as of several labels in a cell."""
+    table = (labelled / "labels.csv").read_text().splitlines()
+    lines = [line.replace(",a,", ", a ,") if place % 4 == 1 else line for place, line in enumerate(table)]
+    (labelled / "labels.csv").write_text("\n".join(lines))
+    assert ", a ," in "\n".join(lines)
+    assert read_labelled(labelled, AS_IS).classes == ("a", "b")
+    (labelled / "labels.csv").write_text("\n".join(line.replace(", a ,", ", ,") for line in lines))
+    with pytest.raises(DataError, match="column 'label' is empty"):
+        read_labelled(labelled, AS_IS)
+
+
+def test_an_empty_table_says_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("")
+    with pytest.raises(DataError, match=r"labels\.csv: is empty; expected a line that names its columns, file,"):
+        read_labelled(tmp_path, AS_IS)
+    (tmp_path / "labels.csv").write_text("file;label;patient;site;split\n")
+    with pytest.raises(DataError, match=r"are file;label;patient;site;split\. Separate them by commas"):
+        read_labelled(tmp_path, AS_IS)
+
+
 def test_several_labels_stand_in_a_cell_and_an_empty_one_means_none(labelled: Path) -> None:
     table = (labelled / "labels.csv").read_text().splitlines()
     cells = ["effusion;mass", "", " mass ; mass"]
