@@ -41,12 +41,17 @@ def test_another_column_can_be_the_label_and_more_columns_do_not_matter(labelled
         read_labelled(labelled, AS_IS, label="stage")
 
 
-def test_without_a_patient_a_file_is_a_patient_of_its_own(tmp_path: Path) -> None:
-    for number in range(3):
-        write_dicom(tmp_path / f"{number}.dcm", some_pixels(number))
-    rows = ["file,label,patient,site,split", "0.dcm,a,,s,train", "1.dcm,a,p,s,train", "2.dcm,b,,s,test"]
-    (tmp_path / "labels.csv").write_text("\n".join(rows))
-    assert read_labelled(tmp_path, AS_IS).patients.tolist() == [0, 1, 2]
+def test_a_patient_is_the_tables_else_the_files_and_without_either_a_file_is_one_of_its_own(tmp_path: Path) -> None:
+    """Case does not count, as at a site: where two people are joined, the error is on the safe side."""
+    of_file = ["P1", "P1", "", "", "p1", "p1"]
+    for number, patient in enumerate(of_file):
+        write_dicom(tmp_path / f"{number}.dcm", some_pixels(number), PatientID=patient)
+    listed = ["", "Q", "", "", "q", ""]
+    rows = [f"{number}.dcm,{'ab'[number % 2]},{patient},s,train" for number, patient in enumerate(listed)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,label,patient,site,split", *rows]))
+    found = read_labelled(tmp_path, AS_IS)
+    assert found.patients.tolist() == [0, 1, 2, 3, 1, 0]
+    assert found.named is not None and found.named.tolist() == [True, True, False, False, True, True]
 
 
 def test_a_row_without_a_label_is_refused(labelled: Path) -> None:

@@ -110,6 +110,7 @@ def _evaluation(said: Mapping[str, Any]) -> list[str]:
             *_table(["probe", *arms], rows),
         ]
         lines += ["", "`random` is its own random initialisation, `raw pixels` the images themselves: the floors."]
+        lines += [line for doubt in found.get("doubts", ()) for line in ("", f"**{doubt}**")]
         linear = found["probes"]["linear"]
         if linear["backbone"] <= max(linear.get(floor, 0.0) for floor in ("random", "raw pixels")):
             lines += ["", "**On these images it does not beat both floors under the linear probe.**"]
