@@ -108,6 +108,7 @@ def blank(folder: Path, split: str) -> None:
         ),
         (lambda f: blank(f, "train"), "all 12 masks of split train are empty"),
         (lambda f: blank(f, "test"), "all 4 masks of split test are empty"),
+        (lambda f: blank(f, "val"), "all 4 masks of split val are empty"),
         (lambda f: rewrite(f, lambda row: row.update(patient="one")), "1 of 1 patients are in more than one split"),
     ],
 )
