@@ -68,7 +68,8 @@ def _details(said: Mapping[str, Any]) -> list[str]:
         for step in said.get("compressed", [])
     ]
     line = " ".join([line, *done])
-    return [line, "", f"Loaded by {loads}. Normalisation: mean {data['mean']}, std {data['std']} on [0, 1]."]
+    square = " The whole image is squeezed into the square, bilinear, antialiased." if data["dimensions"] == 2 else ""
+    return [line, "", f"Loaded by {loads}. Normalisation: mean {data['mean']}, std {data['std']} on [0, 1].{square}"]
 
 
 def _data(said: Mapping[str, Any]) -> list[str]:
