@@ -209,6 +209,22 @@ def test_scores_of_an_evaluation_stand_in_the_lineage_in_place_of_probes(tmp_pat
     assert read_scores(other)[1]["set"] != read_scores(path)[1]["set"]
 
 
+def test_a_card_says_of_how_many_of_the_labels_its_scores_are(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(scores(rows=scores()["rows"][:2], images={"train": 80, "test": 9})))
+    run = trained(tmp_path / "run")
+
+    def body() -> str:
+        return (export(run, scores=path) / "README.md").read_text()
+
+    assert "images: 80 train, 9 test; 0.1 of the training labels.\n" in body()
+    path.write_text(json.dumps(scores(images={"train": 80, "test": 9})))
+    assert "images: 80 train, 9 test.\n" in body()
+    rows = [{**row, "mean": {"balanced_accuracy": None, "auc": 0.8}} for row in scores()["rows"]]
+    path.write_text(json.dumps(scores(rows=rows)))
+    assert "\nAUC by wardround evaluate" in body()
+
+
 def test_what_makes_scores_doubtful_goes_with_them_to_the_card_and_the_gate_and_no_name_does(tmp_path: Path) -> None:
     forced = "FORCED: 2 of 9 patients are in more than one split (2 in train and test), so the scores measure in part"
     notes = [forced, "NO PATIENT: 4 of 9 images name none", "warning: group patient = Ada: too small to tell"]

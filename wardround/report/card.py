@@ -105,8 +105,10 @@ def _evaluation(said: Mapping[str, Any]) -> list[str]:
             for probe, scores in found["probes"].items()
         ]
         images = ", ".join(f"{count} {split}" for split, count in found["images"].items())
+        fraction = found.get("fraction", 1.0)  # earlier releases did not say it
+        share = f"; {fraction:.2g} of the training labels" if fraction < 1.0 else ""
         lines = [
-            f"{found['metric'].capitalize()} by {found['by']}; images: {images}.",
+            f"{found['metric'][:1].upper()}{found['metric'][1:]} by {found['by']}; images: {images}{share}.",
             "",
             *_table(["probe", *arms], rows),
         ]

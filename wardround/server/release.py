@@ -212,7 +212,7 @@ def summary(found: dict[str, Any], by: str) -> dict[str, Any]:
     name = metric.replace("_", " ").replace("auc", "AUC")
     # Of the notes those alone that must go with the scores: they count, and name nobody, as a group's name might.
     doubts = [note for note in found.get("notes", ()) if note.startswith((FORCED, NO_PATIENT))]
-    said = {"by": by, "metric": name, "set": same, "images": found["images"], "probes": probes}
+    said = {"by": by, "metric": name, "set": same, "images": found["images"], "fraction": most, "probes": probes}
     return {**said, "doubts": doubts} if doubts else said
 
 
