@@ -333,6 +333,13 @@ def test_the_names_of_groups_and_arms_are_whole_in_a_terminal(width: int) -> Non
     assert all(len(line) <= width and "…" not in line for line in text.splitlines())
 
 
+def test_an_interval_of_one_draw_does_not_claim_to_hold_the_chance_of_the_draw() -> None:
+    found = {draws: evaluate({"knows": answer}, striped(), (0.5,), draws=draws) for draws in (1, 2)}
+    said = {draws: " ".join(printed(one).split()) for draws, one in found.items()}
+    assert "over test patients alone (bootstrap)" in said[1] and "Student" not in said[1]
+    assert "over draws (Student)" in said[2]
+
+
 def test_a_group_of_one_class_has_no_score() -> None:
     images = striped()
     found = evaluate({"knows": answer}, replace(images, groups={"kind": images.labels.astype(str)}), fractions=(1.0,))

@@ -76,6 +76,10 @@ def test_another_backbone_gives_other_answers_and_the_same_seed_the_same(tmp_pat
     )
     found = segment(request)
     assert found.gains[0].dice != 0.0 and found.decoder == "transunet"
+    console = Console(width=120, file=io.StringIO())
+    console.print(segmented_table(found))
+    said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "one draw of images and new weights" in said and "over test patients alone (bootstrap)" in said
     assert segment(request) == found
     assert segment(replace(request, seed=1)).rows != found.rows
 
