@@ -41,12 +41,17 @@ def test_another_column_can_be_the_label_and_more_columns_do_not_matter(labelled
         read_labelled(labelled, AS_IS, label="stage")
 
 
-def test_without_a_patient_a_file_is_a_patient_of_its_own(tmp_path: Path) -> None:
-    for number in range(3):
-        write_dicom(tmp_path / f"{number}.dcm", some_pixels(number))
-    rows = ["file,label,patient,site,split", "0.dcm,a,,s,train", "1.dcm,a,p,s,train", "2.dcm,b,,s,test"]
-    (tmp_path / "labels.csv").write_text("\n".join(rows))
-    assert read_labelled(tmp_path, AS_IS).patients.tolist() == [0, 1, 2]
+def test_a_patient_is_the_tables_else_the_files_and_without_either_a_file_is_one_of_its_own(tmp_path: Path) -> None:
+    """Case does not count, as at a site: where two people are joined, the error is on the safe side."""
+    of_file = ["P1", "P1", "", "", "p1", "p1"]
+    for number, patient in enumerate(of_file):
+        write_dicom(tmp_path / f"{number}.dcm", some_pixels(number), PatientID=patient)
+    listed = ["", "Q", "", "", "q", ""]
+    rows = [f"{number}.dcm,{'ab'[number % 2]},{patient},s,train" for number, patient in enumerate(listed)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,label,patient,site,split", *rows]))
+    found = read_labelled(tmp_path, AS_IS)
+    assert found.patients.tolist() == [0, 1, 2, 3, 1, 0]
+    assert found.named is not None and found.named.tolist() == [True, True, False, False, True, True]
 
 
 def test_a_row_without_a_label_is_refused(labelled: Path) -> None:
@@ -56,6 +61,27 @@ def test_a_row_without_a_label_is_refused(labelled: Path) -> None:
     (labelled / "labels.csv").write_text("\n".join(table))
     with pytest.raises(DataError, match=r"labels.csv, row 5: column 'label' is empty; give every image a label"):
         read_labelled(labelled, AS_IS)
+
+
+def test_blanks_around_a_label_make_no_class_of_their_own(labelled: Path) -> None:
+    """As of a patient, a site and a split, and as of several labels in a cell."""
+    table = (labelled / "labels.csv").read_text().splitlines()
+    lines = [line.replace(",a,", ", a ,") if place % 4 == 1 else line for place, line in enumerate(table)]
+    (labelled / "labels.csv").write_text("\n".join(lines))
+    assert ", a ," in "\n".join(lines)
+    assert read_labelled(labelled, AS_IS).classes == ("a", "b")
+    (labelled / "labels.csv").write_text("\n".join(line.replace(", a ,", ", ,") for line in lines))
+    with pytest.raises(DataError, match="column 'label' is empty"):
+        read_labelled(labelled, AS_IS)
+
+
+def test_an_empty_table_says_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("")
+    with pytest.raises(DataError, match=r"labels\.csv: is empty; expected a line that names its columns, file,"):
+        read_labelled(tmp_path, AS_IS)
+    (tmp_path / "labels.csv").write_text("file;label;patient;site;split\n")
+    with pytest.raises(DataError, match=r"are file;label;patient;site;split\. Separate them by commas"):
+        read_labelled(tmp_path, AS_IS)
 
 
 def test_several_labels_stand_in_a_cell_and_an_empty_one_means_none(labelled: Path) -> None:

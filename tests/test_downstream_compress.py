@@ -1,5 +1,6 @@
 """A backbone made smaller: the numbers of each way, what is left of the features, and the release that comes of it."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import tiny, write_labelled
+from rich.console import Console
 from torch import Tensor, nn
 
 from wardround import ssl
@@ -28,6 +30,7 @@ from wardround.errors import ConfigError, WardroundError
 from wardround.plan import resolve
 from wardround.probe.features import features
 from wardround.registry.release import check
+from wardround.report.compressed import compressed_table
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "vit": {},
@@ -242,6 +245,29 @@ def test_a_student_is_a_whole_release_of_its_own_architecture(vit: Path, images:
     assert "nothing is promised to the people on these" in card and "Everything is private." in card
     assert "as long as none of them is on these images" in card
     assert load_backbone(made)(torch.zeros(2, 1, 16, 16)).shape == (2, 288)
+
+
+def test_every_number_of_the_table_is_whole_in_a_terminal_of_80() -> None:
+    sizes = {"megabytes": 343.22, "parameters": 85_798_656, "gflops": 35.127, "milliseconds": 118.35}
+    scores = {"balanced_accuracy": 0.6, "auc": 0.75, "average_precision": 0.8}
+    probed = {"mean": scores, "low": scores, "high": scores}
+    probe = {"metrics": ("balanced accuracy", "AUC"), "original": probed, "compressed": probed}
+    found = {
+        "by": "prune",
+        "original": sizes,
+        "compressed": sizes,
+        "compared_on": 2,
+        "least_cosine": 1.0,
+        "explained": 0.5,
+        "losses": None,
+        "probe": {**probe, "labelled": 36, "tested": 12},
+    }
+    console = Console(width=80, file=io.StringIO())
+    console.print(compressed_table(found))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for number in ("343.22", "85,798,656", "35.127", "118.35", "0.600 / 0.750"):
+        assert text.count(number) == 2
+    assert "balanced accuracy" in text and "…" not in text
 
 
 def test_a_vit_takes_the_patches_of_the_vit_that_it_learns_from(images: Path, tmp_path: Path) -> None:

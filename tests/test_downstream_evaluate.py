@@ -299,6 +299,18 @@ def test_groups_are_scored_by_themselves_and_small_ones_are_warned_of() -> None:
     assert found.notes == ("warning: group site = small: fewer than 10 test patients of a class; too small to tell",)
 
 
+def test_a_group_is_small_too_where_few_of_its_patients_lack_a_label() -> None:
+    """Of several labels an image, an AUC needs images without a label as much as images with it."""
+    images = striped(240)
+    lacks = images.patients % 60 == 4  # of the test split, four patients
+    several = np.stack([(~lacks).astype(np.int64), images.labels], axis=1)
+    several[images.splits != "test", 0] = images.labels[images.splits != "test"]
+    groups = {"site": np.full(len(lacks), "one")}
+    found = evaluate({"knows": answer}, replace(images, labels=several, groups=groups), fractions=(1.0,))
+    assert {group.small for group in found.subgroups} == {True}
+    assert found.notes == ("warning: group site = one: fewer than 10 test patients of a class; too small to tell",)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_names_of_groups_and_arms_are_whole_in_a_terminal(width: int) -> None:
     images = striped(240)
@@ -319,6 +331,13 @@ def test_the_names_of_groups_and_arms_are_whole_in_a_terminal(width: int) -> Non
         assert cells.count(f"manufacturer = {value}") == 1
     assert [cells.count(name) for name in arms] == [2] * len(arms)
     assert all(len(line) <= width and "…" not in line for line in text.splitlines())
+
+
+def test_an_interval_of_one_draw_does_not_claim_to_hold_the_chance_of_the_draw() -> None:
+    found = {draws: evaluate({"knows": answer}, striped(), (0.5,), draws=draws) for draws in (1, 2)}
+    said = {draws: " ".join(printed(one).split()) for draws, one in found.items()}
+    assert "over test patients alone (bootstrap)" in said[1] and "Student" not in said[1]
+    assert "over draws (Student)" in said[2]
 
 
 def test_a_group_of_one_class_has_no_score() -> None:

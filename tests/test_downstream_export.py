@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,16 @@ def test_the_lineage_and_the_parity_go_with_it_and_no_image(format: str, images:
     said = json.loads((tmp_path / "out" / "parity.json").read_text())
     assert said == found.__dict__ and said["of"] == "procedural images"
     assert said["weights"] == json.loads((folder / "provenance.json").read_text())["sha256"]["model.safetensors"]
+
+
+@pytest.mark.parametrize("column", ["label", "diagnosis"])
+def test_what_it_is_compared_on_needs_no_labels(column: str, network: Path, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    table = tmp_path / "images" / "labels.csv"
+    header, first, *rest = table.read_text().splitlines()
+    name, _, others = first.split(",", 2)
+    table.write_text("\n".join([header.replace("label", column), f"{name},a;b,{others}", *rest]))
+    assert export(network, "pt2", tmp_path / "out", tmp_path / "images").images == 40
 
 
 def test_a_format_that_there_is_not(network: Path, tmp_path: Path) -> None:

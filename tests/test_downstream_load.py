@@ -3,13 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import tiny
+from PIL import Image
 from torch import nn
 
 from wardround.backbones import released_model, save_release
+from wardround.data.labelled import read_images
+from wardround.data.labels import Row
 from wardround.downstream.load import load_backbone, release_folder
 from wardround.errors import CheckpointError, ConfigError
 from wardround.plan import Plan, resolve
@@ -39,6 +43,22 @@ def test_a_folder_gives_the_trained_features(folder: Path, plan: Plan) -> None:
     assert torch.equal(outputs(model), outputs(released_model(plan.protocol, plan.state)))
     assert tuple(model.pretrained_cfg["mean"]) == plan.config.data.mean
     assert tuple(model.pretrained_cfg["std"]) == plan.config.data.std
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_timms_own_transform_shows_the_network_what_it_was_trained_on(channels: int, tmp_path: Path) -> None:
+    """The whole picture, squeezed by a triangle filter; timm's default would cut its longer sides off."""
+    plan = resolve(tiny(data={"channels": channels, "mean": [0.5] * channels, "std": [0.25] * channels}))
+    save_release(plan.protocol, plan.state, tmp_path / "release", {"protocol": plan.protocol.model_dump(mode="json")})
+    model = timm.create_model(f"local-dir:{tmp_path / 'release'}", pretrained=True)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 70, channels), dtype=np.uint8)
+    Image.fromarray(pixels.squeeze()).save(tmp_path / "image.png")
+    (row,) = [Row("image.png", tmp_path / "image.png", "p", "s", "test", "a")]
+    trained_on = read_images(tmp_path, [row], plan.config.data)[0].astype(np.float32) / 255
+    with Image.open(tmp_path / "image.png") as image:
+        shown = transform(image).numpy() * 0.25 + 0.5
+    assert np.abs(shown - trained_on).max() <= 1.01 / 255, "Pillow rounds bytes after each direction"
 
 
 def test_a_new_classifier_sits_on_the_trained_features(folder: Path) -> None:

@@ -76,6 +76,10 @@ def test_another_backbone_gives_other_answers_and_the_same_seed_the_same(tmp_pat
     )
     found = segment(request)
     assert found.gains[0].dice != 0.0 and found.decoder == "transunet"
+    console = Console(width=120, file=io.StringIO())
+    console.print(segmented_table(found))
+    said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "one draw of images and new weights" in said and "over test patients alone (bootstrap)" in said
     assert segment(request) == found
     assert segment(replace(request, seed=1)).rows != found.rows
 
@@ -108,6 +112,7 @@ def blank(folder: Path, split: str) -> None:
         ),
         (lambda f: blank(f, "train"), "all 12 masks of split train are empty"),
         (lambda f: blank(f, "test"), "all 4 masks of split test are empty"),
+        (lambda f: blank(f, "val"), "all 4 masks of split val are empty"),
         (lambda f: rewrite(f, lambda row: row.update(patient="one")), "1 of 1 patients are in more than one split"),
     ],
 )

@@ -47,6 +47,16 @@ def test_images_of_other_splits_are_left_out_and_counted() -> None:
     assert found.notes == ("3 images of the splits 'unlabelled' are left out: the words are train, val and test",)
 
 
+def test_images_that_name_no_patient_are_counted_since_nothing_tells_whether_one_is_in_two_splits() -> None:
+    images = labelled()
+    named = images.patients > 1
+    (note,) = split(replace(images, named=named, splits=np.where(images.patients == 0, "other", images.splits))).notes[
+        1:
+    ]
+    assert note.startswith("NO PATIENT: 3 of 117 images name none, and each counts as a patient of its own")
+    assert split(replace(images, named=np.ones_like(named))).notes == ()
+
+
 def test_a_patient_in_two_splits_is_refused_with_counts() -> None:
     images = labelled()
     images.splits[0] = "test"  # patients 0 and 1 of train, and 3 of val

@@ -22,7 +22,7 @@ from wardround.plan import resolve
 from wardround.provision import lines, provision
 from wardround.registry import release, signing
 from wardround.registry.mlflow_store import Store
-from wardround.registry.promotion import promote
+from wardround.registry.promotion import examine, promote
 from wardround.server import tracking
 from wardround.server.release import export, read_scores
 from wardround.server.rounds import run_rounds
@@ -207,6 +207,48 @@ def test_scores_of_an_evaluation_stand_in_the_lineage_in_place_of_probes(tmp_pat
     other = tmp_path / "other.json"
     other.write_text(json.dumps(scores(classes=["a", "c"])))
     assert read_scores(other)[1]["set"] != read_scores(path)[1]["set"]
+
+
+def test_a_card_says_of_how_many_of_the_labels_its_scores_are(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(scores(rows=scores()["rows"][:2], images={"train": 80, "test": 9})))
+    run = trained(tmp_path / "run")
+
+    def body() -> str:
+        return (export(run, scores=path) / "README.md").read_text()
+
+    assert "images: 80 train, 9 test; 0.1 of the training labels.\n" in body()
+    path.write_text(json.dumps(scores(images={"train": 80, "test": 9})))
+    assert "images: 80 train, 9 test.\n" in body()
+    rows = [{**row, "mean": {"balanced_accuracy": None, "auc": 0.8}} for row in scores()["rows"]]
+    path.write_text(json.dumps(scores(rows=rows)))
+    assert "\nAUC by wardround evaluate" in body()
+
+
+def test_what_makes_scores_doubtful_goes_with_them_to_the_card_and_the_gate_and_no_name_does(tmp_path: Path) -> None:
+    forced = "FORCED: 2 of 9 patients are in more than one split (2 in train and test), so the scores measure in part"
+    notes = [forced, "NO PATIENT: 4 of 9 images name none", "warning: group patient = Ada: too small to tell"]
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(scores(notes=notes)))
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run = tracked(trained(tmp_path / "run"), store)
+    tracking.Tracking(run).release(scores=path)
+    body = (run.path / "release" / "README.md").read_text()
+    assert f"**{forced}**" in body and "**NO PATIENT: 4 of 9 images name none**" in body and "Ada" not in body
+    assert "Ada" not in (run.path / "release" / "provenance.json").read_text()
+    (probe,) = [one for one in examine(Store(store), "tiny@candidate", None).conditions if one.what == "probe"]
+    assert isinstance(probe.found, str) and forced in probe.found
+
+
+def test_scores_of_what_was_trained_on_too_are_a_cards_table_with_gaps(tmp_path: Path) -> None:
+    """What `wardround evaluate --finetune full` wrote: not every arm is trained on, and the random one from scratch."""
+    mean = {"balanced_accuracy": 0.9, "auc": 0.9}
+    tuned = [("backbone", "full"), ("random", "scratch")]
+    rows = [{"arm": arm, "probe": probe, "fraction": 1.0, "mean": mean} for arm, probe in tuned]
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(scores(rows=[*scores()["rows"], *rows])))
+    body = (export(trained(tmp_path / "run"), scores=path) / "README.md").read_text()
+    assert "| linear | 0.700 | 0.700 |\n| full | 0.900 |  |\n| scratch |  | 0.900 |\n" in body
 
 
 @pytest.mark.parametrize(

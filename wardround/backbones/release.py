@@ -151,7 +151,8 @@ def _declared(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
         "tag": recipe.name,
         "input_size": list(data.shape),
         "fixed_input_size": True,
-        "interpolation": "bicubic",
+        "interpolation": "bilinear",  # as data.to_square makes an image of any size the square that is trained on
+        "crop_mode": "squash",
         "crop_pct": 1.0,
         "mean": list(data.mean),
         "std": list(data.std),

@@ -100,7 +100,7 @@ class AggregationConfig(Strict):
 def trimmed(sites: int, trim: float) -> int:
     """Return how many of so many sites a trimmed mean cuts off at either end.
 
-    >>> trimmed(7, 0.3)
-    2
+    >>> trimmed(7, 0.3), trimmed(100, 0.29)
+    (2, 29)
     """
-    return int(trim * sites)
+    return int(round(trim * sites, 9))  # 0.29 * 100 is a little less than 29

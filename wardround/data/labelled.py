@@ -27,6 +27,7 @@ class LabelledImages:
     patients: NDArray[np.int64]  # [N], 0..P-1 by first appearance
     sites: NDArray[np.str_]  # [N]
     splits: NDArray[np.str_]  # [N]
+    named: NDArray[np.bool_] | None = None  # [N], whether anything says whose an image is; None: of all
     groups: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)  # by column [N], to be told apart in a result
 
     @property
@@ -68,13 +69,15 @@ def read_labelled(
     labels = np.zeros((len(rows), len(classes)), np.int64)
     for line, found in zip(labels, sets, strict=True):
         line[[places[name] for name in found]] = 1
+    patients, named = patients_of(folder, rows, data)
     return LabelledImages(
         images=read_images(folder, rows, data),
         labels=labels if multi_label else labels.argmax(axis=1),
         classes=classes,
-        patients=patient_numbers(rows),
+        patients=patients,
         sites=np.array([row.site for row in rows]),
         splits=np.array([row.split for row in rows]),
+        named=named,
         groups={name: np.array([cells[name].strip() or "(empty)" for cells in table]) for name in by},
     )
 
@@ -88,6 +91,7 @@ def select_site(images: LabelledImages, site: str | None) -> LabelledImages:
         raise DataError(f"no row of labels.csv has site '{site}'; found {', '.join(sorted(set(images.sites)))}.")
     names = ("images", "labels", "patients", "sites", "splits")
     parts = {name: getattr(images, name)[rows] for name in names}
+    parts["named"] = None if images.named is None else images.named[rows]
     groups = {column: values[rows] for column, values in images.groups.items()}
     classes = images.classes
     if not images.multi_label:
@@ -96,10 +100,17 @@ def select_site(images: LabelledImages, site: str | None) -> LabelledImages:
     return LabelledImages(**parts, classes=classes, groups=groups)
 
 
-def patient_numbers(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """Return a number for each row's patient, [N], by first appearance; without one, a file is a patient of its own."""
+def patients_of(folder: Path, rows: Sequence[Row], data: DataConfig) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return a number for each row's patient, by first appearance, and whether anything names it: [N], [N].
+
+    As at a site, the table's word counts before the file's, case does not count, and without either a file is a
+    patient of its own.
+    """
+    with quiet():
+        names = [(row.patient or _owners(folder, row, data)[1]).strip().casefold() for row in rows]
     numbers: dict[str, int] = {}  # no patient's name holds a NUL
-    return np.array([numbers.setdefault(row.patient or f"\0{row.file}", len(numbers)) for row in rows], np.int64)
+    keys = [name or f"\0{row.file}" for name, row in zip(names, rows, strict=True)]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64), np.array(names) != ""
 
 
 def labelled_sites(folder: Path) -> list[str]:

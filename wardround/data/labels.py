@@ -30,9 +30,15 @@ def read_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         with (folder / "labels.csv").open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="")
             header = reader.fieldnames or []
+            if not header:
+                raise DataError(
+                    f"{folder.name}/labels.csv: is empty; expected a line that names its columns, {', '.join(columns)}."
+                )
             if missing := [name for name in columns if name not in header]:
+                remedy = " Separate them by commas." if len(header) == 1 and ";" in header[0] else ""
                 raise DataError(
                     f"{folder.name}/labels.csv: lacks the column '{missing[0]}'; its columns are {', '.join(header)}."
+                    f"{remedy}"
                 )
             return list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -60,11 +66,12 @@ def read_rows(folder: Path, label: str | None = None, *, multi_label: bool = Fal
             raise DataError(f"{where}: '{name}' lies behind a link to another folder; copy or mount that inside.")
         if name in seen:
             raise DataError(f"{where}: '{name}' is listed twice; keep one row an image.")
+        said = cells[label].strip() if label else ""
         if label and not multi_label:
-            _check_one(cells[label], label, where)
+            _check_one(said, label, where)
         seen.add(name)
         patient, site, split = ((cells[key] or "").strip() for key in ("patient", "site", "split"))
-        rows.append(Row(name, path, patient, site, split, label=cells[label] if label else ""))
+        rows.append(Row(name, path, patient, site, split, said))
     return rows
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from wardround.config.federation import DataConfig
 from wardround.data.facts import ReadError
-from wardround.data.labelled import patient_numbers, read_images
+from wardround.data.labelled import patients_of, read_images
 from wardround.data.labels import Row, path_in, read_rows, read_table
 from wardround.data.readers import quiet, read_facts, reasons
 from wardround.errors import DataError
@@ -28,6 +28,7 @@ class MaskedImages:
     values: tuple[int, ...]  # what a mask's pixels may say, sorted; the first, 0, is the background
     patients: NDArray[np.int64]  # [N], 0..P-1 by first appearance
     splits: NDArray[np.str_]  # [N]
+    named: NDArray[np.bool_] | None = None  # [N], whether anything says whose an image is; None: of all
 
 
 def read_masked(folder: Path, data: DataConfig) -> MaskedImages:
@@ -38,11 +39,11 @@ def read_masked(folder: Path, data: DataConfig) -> MaskedImages:
     is missing, damaged, of another size, or no mask.
     """
     rows = read_rows(folder)
-    named = [cells["mask"].strip() for cells in read_table(folder, ("mask",))]
+    files = [cells["mask"].strip() for cells in read_table(folder, ("mask",))]
     images = read_images(folder, rows, data)
     planes = np.empty((len(rows), data.image_size, data.image_size), np.int64)
     with quiet():
-        for place, (row, name) in enumerate(zip(rows, named, strict=True)):
+        for place, (row, name) in enumerate(zip(rows, files, strict=True)):
             planes[place] = _mask(folder, row, name, f"{folder.name}/labels.csv, row {place + 2}", data.image_size)
     values = np.unique(planes).tolist()
     if len(values) > _MOST:
@@ -51,12 +52,14 @@ def read_masked(folder: Path, data: DataConfig) -> MaskedImages:
             "background. Save them without smoothing or loss, as PNG."
         )
     values = sorted({0, *values})
+    patients, named = patients_of(folder, rows, data)
     return MaskedImages(
         images=images,
         masks=np.searchsorted(values, planes).astype(np.uint8),
         values=tuple(values),
-        patients=patient_numbers(rows),
+        patients=patients,
         splits=np.array([row.split for row in rows]),
+        named=named,
     )
 
 

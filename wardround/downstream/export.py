@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wardround.config import Protocol
-from wardround.data import procedural_set, read_labelled
+from wardround.data import procedural_set
+from wardround.data.labelled import read_images
+from wardround.data.labels import read_rows
 from wardround.downstream import onnx_graph
 from wardround.downstream.load import load_backbone, protocol_of, release_folder
 from wardround.errors import ConfigError
@@ -137,9 +139,14 @@ def _images(recipe: Protocol, data: Path | None) -> tuple[Floats, str]:
     if data is None and recipe.data.dimensions == 3:
         shape = (8, *recipe.data.shape)
         return np.random.default_rng(SEED).random(shape, np.float32), "volumes of noise"
-    found = procedural_set(64, SEED, recipe.data) if data is None else read_labelled(data, recipe.data)
-    order = np.random.default_rng(SEED).permutation(len(found.images))[:MOST]
-    pixels: Floats = found.images[order].astype(np.float32) / 255.0
+    rng = np.random.default_rng(SEED)
+    if data is None:
+        made = procedural_set(64, SEED, recipe.data).images
+        found = made[rng.permutation(len(made))[:MOST]]
+    else:
+        rows = read_rows(data)  # no column of labels: what the images show is not asked
+        found = read_images(data, [rows[place] for place in rng.permutation(len(rows))[:MOST]], recipe.data)
+    pixels: Floats = found.astype(np.float32) / 255.0
     return pixels, "procedural images" if data is None else "images of --data"
 
 

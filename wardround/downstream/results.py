@@ -153,8 +153,8 @@ def _largest(arm: Answered, design: Design) -> dict[str, list[Probabilities]]:
 
 
 def _is_small(truth: NDArray[np.int64], patients: NDArray[np.int64]) -> bool:
-    """Return whether a group has too few patients of some class that occurs anywhere: [N, K], [N]."""
-    return min(len(np.unique(patients[having == 1])) for having in truth.T) < FEWEST
+    """Return whether a group has too few patients with, or without, some class that occurs anywhere: [N, K], [N]."""
+    return min(len(np.unique(patients[having == 1])) for having in (*truth.T, *(1 - truth).T)) < FEWEST
 
 
 def _too_small(groups: Sequence[Subgroup]) -> list[str]:

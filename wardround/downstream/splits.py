@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from wardround.data import LabelledImages, MaskedImages
 from wardround.errors import DataError
+from wardround.probe.doubts import FORCED, NO_PATIENT
 from wardround.probe.fractions import draw_fraction
 from wardround.probe.scores import can_tell
 
@@ -31,7 +32,7 @@ def split(images: LabelledImages, seed: int = 0, force: bool = False) -> Splits:
     Raises DataError for a patient in two splits, unless forced, which the notes then say; for a split without an
     image; and for a class that is missing from a split, or that all its images have.
     """
-    places, notes = _places(images.splits, images.patients, force)
+    places, notes = _places(images, force)
     if not can_tell(images.labels):
         only = "all images have the same" if images.multi_label else f"all labels are '{images.classes[0]}'"
         raise DataError(f"evaluation set: {only}; a probe needs two classes at least.")
@@ -48,21 +49,22 @@ def split_masked(images: MaskedImages, seed: int = 0, force: bool = False) -> Sp
 
     Raises DataError for a split that is missing, or whose masks are all empty, and for a patient in two splits.
     """
-    places, notes = _places(images.splits, images.patients, force)
-    for name in ("train", "test"):
-        if not images.masks[places[name]].any():
-            count = len(places[name])
-            raise DataError(f"evaluation set: all {count} masks of split {name} are empty; nothing can be told.")
+    places, notes = _places(images, force)
     if not len(places["val"]):
-        notes.append(_take_val(np.zeros(len(images.images), np.int64), images.patients, places, seed))
+        shown = np.array([mask.any() for mask in images.masks], np.int64)
+        notes.append(_take_val(shown, images.patients, places, seed))
+    for name, found in places.items():  # val too: where it shows nothing, an answer of nothing scores 1 and is kept
+        if not images.masks[found].any():
+            raise DataError(f"evaluation set: all {len(found)} masks of split {name} are empty; nothing can be told.")
     return Splits(**places, notes=tuple(notes))
 
 
 Places = dict[str, NDArray[np.int64]]
 
 
-def _places(splits: NDArray[np.str_], patients: NDArray[np.int64], force: bool) -> tuple[Places, list[str]]:
+def _places(images: LabelledImages | MaskedImages, force: bool) -> tuple[Places, list[str]]:
     """Return the images of each split, and what a reader must know of them."""
+    splits, patients = images.splits, images.patients
     places = {name: np.flatnonzero(splits == name) for name in SPLITS}
     notes, known = [], sorted(set(splits.tolist()))
     for name in ("train", "test"):
@@ -80,7 +82,13 @@ def _places(splits: NDArray[np.str_], patients: NDArray[np.int64], force: bool) 
                 f"evaluation set: {shared}. The score would measure who is recognised; split by patient, or say "
                 "--force-splits."
             )
-        notes.append(f"FORCED: {shared}, so the scores measure in part who is recognised")
+        notes.append(f"{FORCED}{shared}, so the scores measure in part who is recognised")
+    used = np.concatenate(list(places.values()))
+    if images.named is not None and (unnamed := int((~images.named[used]).sum())):
+        notes.append(
+            f"{NO_PATIENT}{unnamed} of {len(used)} images name none, and each counts as a patient of its own: whoever "
+            "has several may be in two splits, and intervals are then too narrow"
+        )
     return places, notes
 
 

@@ -137,7 +137,7 @@ def _probe(said: Mapping[str, Any], store: Store, champion: ModelRow | None) -> 
         return Condition(what, f"not measured: {now['missing']}", "a linear probe", met=False)
     score = now["probes"]["linear"]["backbone"]
     floors = ", ".join(f"{arm} {value:.3f}" for arm, value in now["probes"]["linear"].items() if arm != "backbone")
-    found = f"{score:.3f} ({floors})"
+    found = "; ".join([f"{score:.3f} ({floors})", *now.get("doubts", ())])
     if champion is None:
         return Condition(what, found, "any: there is no champion", met=True)
     if json.loads(champion.tags["files"])[release.WEIGHTS] == said["sha256"][release.WEIGHTS]:

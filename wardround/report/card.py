@@ -68,7 +68,8 @@ def _details(said: Mapping[str, Any]) -> list[str]:
         for step in said.get("compressed", [])
     ]
     line = " ".join([line, *done])
-    return [line, "", f"Loaded by {loads}. Normalisation: mean {data['mean']}, std {data['std']} on [0, 1]."]
+    square = " The whole image is squeezed into the square, bilinear, antialiased." if data["dimensions"] == 2 else ""
+    return [line, "", f"Loaded by {loads}. Normalisation: mean {data['mean']}, std {data['std']} on [0, 1].{square}"]
 
 
 def _data(said: Mapping[str, Any]) -> list[str]:
@@ -98,15 +99,21 @@ def _evaluation(said: Mapping[str, Any]) -> list[str]:
     if "missing" in found:
         lines = [f"Not measured: {found['missing']}."]
     else:
-        arms = list(next(iter(found["probes"].values())))
-        rows = [[probe, *(f"{scores[arm]:.3f}" for arm in arms)] for probe, scores in found["probes"].items()]
+        arms = list(dict.fromkeys(arm for scores in found["probes"].values() for arm in scores))
+        rows = [
+            [probe, *(f"{scores[arm]:.3f}" if arm in scores else "" for arm in arms)]  # not every arm is trained on
+            for probe, scores in found["probes"].items()
+        ]
         images = ", ".join(f"{count} {split}" for split, count in found["images"].items())
+        fraction = found.get("fraction", 1.0)  # earlier releases did not say it
+        share = f"; {fraction:.2g} of the training labels" if fraction < 1.0 else ""
         lines = [
-            f"{found['metric'].capitalize()} by {found['by']}; images: {images}.",
+            f"{found['metric'][:1].upper()}{found['metric'][1:]} by {found['by']}; images: {images}{share}.",
             "",
             *_table(["probe", *arms], rows),
         ]
         lines += ["", "`random` is its own random initialisation, `raw pixels` the images themselves: the floors."]
+        lines += [line for doubt in found.get("doubts", ()) for line in ("", f"**{doubt}**")]
         linear = found["probes"]["linear"]
         if linear["backbone"] <= max(linear.get(floor, 0.0) for floor in ("random", "raw pixels")):
             lines += ["", "**On these images it does not beat both floors under the linear probe.**"]

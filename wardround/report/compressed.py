@@ -13,9 +13,9 @@ from wardround.report.tables import table
 def compressed_table(found: Mapping[str, Any]) -> Table:
     """Return before and after of a compression, whose fields are those of downstream.compared.Compared."""
     probe = found["probe"]
-    scored = ["linear probe\n{} / {}".format(*probe["metrics"])] if probe else []
-    made = table(f"Compressed by {found['by']}", "", "MB", "parameters", "GFLOPs", "ms an image", *scored)
-    for column in made.columns:
+    scored = ["linear probe\n{}\n/ {}".format(*probe["metrics"])] if probe else []
+    made = table(f"Compressed by {found['by']}", "", "MB", "parameters", "GFLOPs", "ms an\nimage", *scored)
+    for column in made.columns:  # in a terminal of 80 no number is cut
         column.no_wrap = True
     for arm in ("original", "compressed"):
         one = found[arm]

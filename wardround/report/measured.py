@@ -30,10 +30,7 @@ def score_table(found: Evaluation) -> Table:
     title = f"{found.images['test']:,} test images of {found.patients['test']:,} patients"
     draws = max(row.draws for row in found.rows)
     drawn = f"mean of up to {draws} draws" if draws > 1 else "one draw"
-    caption = (
-        f"{' / '.join(found.headline)}, {drawn} of labelled patients; below, 95 % intervals, over draws (Student) "
-        "and test patients (bootstrap)"
-    )
+    caption = f"{' / '.join(found.headline)}, {drawn} of labelled patients; below, 95 % intervals, {over(draws)}"
     if any(row.probe not in PROBES for row in found.rows):
         caption += "; frozen (first stages), full, decay, LoRA: fine-tuned; scratch: trained from random weights"
     made = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
@@ -49,6 +46,11 @@ def score_table(found: Evaluation) -> Table:
             name, last = SHOWN.get(probe, probe), probe == lines[-1][0]
             made.add_row(escape(arm), name, *(cell(row.mean, row.low, row.high) for row in cells), end_section=last)
     return made
+
+
+def over(draws: int) -> str:
+    """Return in words what the intervals of so many draws are over: a single one does not tell its own chance."""
+    return "over draws (Student) and test patients (bootstrap)" if draws > 1 else "over test patients alone (bootstrap)"
 
 
 def calibration_table(found: Evaluation) -> Table:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wardround.probe.segmentation import Segmentation, SegmentedRow
+from wardround.report.measured import over
 
 _COLOURS = "tab10"  # matplotlib's, one a class
 
@@ -19,9 +20,10 @@ def segmented_table(found: Segmentation) -> Table:
     title = f"Dice on {found.images['test']:,} test images of {found.patients['test']:,} patients, {found.decoder}"
     made = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
     draws = len(found.rows[0].scores)
+    drawn = f"mean of {draws} draws" if draws > 1 else "one draw"
     caption = (
-        f"mean of {draws} draws of images and new weights, {found.steps} steps each; below, 95 % intervals, over draws "
-        "(Student) and test patients (bootstrap); the last line compares image by image"
+        f"{drawn} of images and new weights, {found.steps} steps each; below, 95 % intervals, {over(draws)}; the last "
+        "line compares image by image"
     )
     made.caption = escape("\n".join((caption, *found.notes)))
     made.add_column("arm", overflow="fold")

@@ -19,6 +19,7 @@ from wardround.config.privacy import NoPrivacyConfig, SitePrivacyConfig, UnitPri
 from wardround.errors import CheckpointError, ConfigError, DataError
 from wardround.privacy import site_level
 from wardround.privacy.statement import statement
+from wardround.probe.doubts import FORCED, NO_PATIENT
 from wardround.registry import release, signing
 from wardround.registry.durable import new_folder
 from wardround.registry.mlflow_store import ModelRow
@@ -209,7 +210,10 @@ def summary(found: dict[str, Any], by: str) -> dict[str, Any]:
         json.dumps({**known, "fraction": most, "metric": metric}, sort_keys=True).encode()
     ).hexdigest()
     name = metric.replace("_", " ").replace("auc", "AUC")
-    return {"by": by, "metric": name, "set": same, "images": found["images"], "probes": probes}
+    # Of the notes those alone that must go with the scores: they count, and name nobody, as a group's name might.
+    doubts = [note for note in found.get("notes", ()) if note.startswith((FORCED, NO_PATIENT))]
+    said = {"by": by, "metric": name, "set": same, "images": found["images"], "fraction": most, "probes": probes}
+    return {**said, "doubts": doubts} if doubts else said
 
 
 def spread(run: RunFolder, number: int, folder: Path, images: NDArray[np.uint8] | None) -> dict[str, Any]:
