@@ -3,17 +3,21 @@
 import json
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import KILLER, ROOT, TINY, merged, tiny, to_toml
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from honest_sites import Sites, ignore, make_run
 from warm import program
 
 from wardround import simulate as in_process
 from wardround.errors import ConfigError, DataError
+from wardround.server.rounds import run_rounds
 from wardround.server.run_folder import RunFolder, open_run
+from wardround.server.tracking import Tracking
 from wardround.simulate import simulate
 from wardround.update import state_hash
 
@@ -138,6 +142,24 @@ def test_mlflow_out_of_reach_lets_training_go_on_and_is_logged_later(
     assert not list(run.path.rglob("logged.json"))
     simulate(tiny(**TINY_KEPT), data, tmp_path / "run", store, threads=1)
     assert len(list(run.path.rglob("logged.json"))) == 2
+
+
+def test_another_mlflow_than_before_gets_every_round(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    run_rounds(run, Sites(run), ignore)
+    for name in ("one", "other"):
+        tracking = Tracking(replace(run, tracking=str(tmp_path / name / "mlflow.db")))
+        tracking.log()
+        with tracking.store.talk((10, 0)) as client:
+            found = client.get_metric_history(tracking.mlflow_run, "sites")
+        assert [point.step for point in found] == [1, 2], name
+    (run.mark(1)).write_text("{")
+    tracking.log()  # a mark that cannot be read is none
+    assert run.logged(1) == tracking.mlflow_run
+    published = Tracking(replace(run, tracking=str(tmp_path / "public" / "mlflow.db")), elsewhere=True)
+    published.log()
+    with published.store.talk((10, 0)) as client:
+        assert not client.get_metric_history(published.mlflow_run, "sites"), "hospitals' rounds are not for the public"
 
 
 def test_a_disk_that_is_full_stops_in_one_line_and_goes_on_when_mended(
