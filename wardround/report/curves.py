@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from wardround.registry.durable import new_file
 from wardround.report.drawing import told
 
 _LINES = 12  # of a legend: sixteen take all the room there is
@@ -25,7 +26,8 @@ def draw_losses(losses: Mapping[str, Sequence[tuple[int, float]]], path: Path, t
         axis.legend(*told(axis, _LINES), frameon=False)
     elif losses:
         axis.text(0.5, 0.5, "withheld: they would leave without noise", transform=axis.transAxes, ha="center")
-    figure.savefig(path)
+    with new_file(path) as aside:
+        figure.savefig(aside, format="png")
 
 
 def draw_epsilon(spent: Mapping[str, Sequence[tuple[int, float]]], path: Path, title: str) -> None:
