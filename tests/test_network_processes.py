@@ -146,3 +146,15 @@ def test_new_lines_are_whole_lines_that_came_since(tmp_path: Path) -> None:
             log.write(text)
             log.flush()
             assert lines.read() == expected
+
+
+def test_a_log_that_is_cut_by_its_rotation_is_read_on(tmp_path: Path) -> None:
+    log = tmp_path / "rounds.log"
+    log.write_text("of an earlier start\n")
+    lines = NewLines(log)
+    with log.open("a") as file:
+        file.write("round 1\n")
+    assert lines.read() == ["round 1"]
+    log.write_text("error: a remedy\n")
+    assert lines.read() == ["error: a remedy"]
+    assert lines.read() == []

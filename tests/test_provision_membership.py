@@ -13,13 +13,15 @@ from wardround.cli.provisioning import provision_kits
 from wardround.config import FederationConfig, read_toml
 from wardround.errors import CheckpointError, ConfigError
 from wardround.plan import resolve
+from wardround.processes import alone
 from wardround.provision import add, answer, lines, prepare, provision, renew, revoke, rotate
 from wardround.provision.request import init
 from wardround.server.membership import Members, members_of, read_members, read_membership, write_members
 from wardround.server.roster import Roster, changes
 from wardround.server.run_folder import RunFolder, create, open_run
-from wardround.server.superlink import current_members
+from wardround.server.superlink import coordinate, current_members
 from wardround.signatures import certificate_names
+from wardround.simulate import simulate
 
 
 @pytest.fixture
@@ -363,3 +365,22 @@ def test_damaged_members_of_a_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "members.json").write_bytes((tmp_path / "members.json").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"members\.json: cannot be read; the run folder is damaged"):
         read_members(tmp_path / "members.json")
+
+
+def test_a_second_coordinator_leaves_the_members_of_the_one_that_runs_alone(kits: Path, tmp_path: Path) -> None:
+    run = run_of(kits)
+    roster = Roster(kits / "coordinator", run.path)
+    add(kits, "wien")
+    path = tmp_path / "federation.toml"
+    path.write_text(to_toml(TINY))
+    with alone(run.path / "flower", "wardround coordinate"), pytest.raises(ConfigError, match="works in it"):
+        coordinate(path, kits / "coordinator", run.path, 1, "")
+    assert roster._newer()[0] is not None, "or else nobody would tell SuperLink of the site that joins"
+
+
+def test_the_run_of_a_network_is_none_to_simulate(kits: Path, labelled: Path) -> None:
+    run = run_of(kits)
+    with pytest.raises(ConfigError, match="is of a network"):
+        simulate(tiny(), labelled, run.path, "")
+    assert read_members(run.path / "members.json").version == 1
+    assert not (run.path / "sites").exists()

@@ -23,6 +23,7 @@ from wardround.errors import CheckpointError, ConfigError
 from wardround.plan import resolve
 from wardround.probe.evaluation import Evaluation
 from wardround.registry.mlflow_store import Store
+from wardround.report.curves import draw_losses
 from wardround.report.drawing import SITES as COLOURS
 from wardround.report.drawing import Palette
 from wardround.server.history import history_of
@@ -143,6 +144,16 @@ def test_a_site_has_one_colour_and_mark_in_every_figure() -> None:
     assert (some.colour("lyon"), some.colour("oslo")) == COLOURS[:2]
     many = Palette([f"site-{number:02d}" for number in range(20)])
     assert len({(many.colour(site), many.mark(site)) for site in many.places}) == 20
+
+
+def test_the_names_of_many_sites_leave_room_for_their_curves(tmp_path: Path) -> None:
+    """matplotlib warns where they do not, and warnings are errors here."""
+    sites = {f"hospital{number:03}": "" for number in range(40)}
+    run = create(tmp_path / "run", resolve(tiny()), sites, "")
+    run_rounds(run, Sites(run), ignore)
+    page, _ = write_report(run.path)
+    assert "and 29 more" in page.read_text()
+    draw_losses({site: [(1, 0.5), (2, 0.4)] for site in sites}, tmp_path / "losses.png", "many")
 
 
 def test_without_an_evaluation_set_and_scores_the_page_says_how_to_get_them(tmp_path: Path) -> None:

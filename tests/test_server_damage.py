@@ -1,5 +1,6 @@
 """A checkpoint that the disk damaged: the one before it is used, and nothing is lost that sites still have."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from wardround.errors import CheckpointError
 from wardround.plan import resolve
 from wardround.server.rounds import Ask, run_rounds
 from wardround.server.run_folder import RunFolder, create, open_run
+from wardround.server.status import Watch
 from wardround.simulate import index_sites
 from wardround.update import Refusal, Task
 
@@ -86,3 +88,42 @@ def test_sites_that_are_a_round_ahead_of_a_damaged_checkpoint_replay_what_it_was
     assert final(cut) == final(whole)
     trained = sorted(path.read_text() for path in cut.path.glob("sites/*/journal/*/round-*/trainings.json"))
     assert trained == ["1"] * 4, "nothing was trained twice"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", "{}"),
+        ("run.json", "[]"),
+        ("rounds/00002/cohort.json", '{"lyon'),
+        ("rounds/00002/cohort.json", "[1]"),
+        ("rounds/00002/closed.json", '{"upd'),
+        ("rounds/00002/closed.json", '{"updates": {}}'),
+        ("rounds/00001/checkpoint/manifest.json", "[]"),
+        (
+            "rounds/00001/checkpoint/manifest.json",
+            '{"round": 1, "protocol": "", "state": "", "files": [], "record": {}}',
+        ),
+        (
+            "rounds/00001/checkpoint/manifest.json",
+            '{"round": 1, "protocol": "", "state": "", "files": {}, "record": {}}',
+        ),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_in_one_line_with_the_remedy(name: str, content: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    run_rounds(run, Sites(run), ignore)
+    shutil.rmtree(run.round(2) / "checkpoint")
+    (run.path / name).write_text(content)
+    where = name.removesuffix("/manifest.json")
+    with pytest.raises(CheckpointError, match=rf"{where}: .* Restore it from a copy[^\n]*\.$"):
+        Watch(run.path).look()
+
+
+def test_a_damaged_round_that_later_ones_began_from_is_not_told_to_be_removed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    run_rounds(run, Sites(run), ignore)
+    for number, remedy in ((1, "; later rounds go on from it"), (2, ", or remove its round to train it again")):
+        (run.round(number) / "checkpoint" / "manifest.json").write_text("{")
+        with pytest.raises(CheckpointError, match=f"Restore it from a copy{remedy}"):
+            run.record(number)

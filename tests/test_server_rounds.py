@@ -295,3 +295,12 @@ def test_server_momentum_is_part_of_the_checkpoint(tmp_path: Path) -> None:
     expected: State = {name: one.state[name] + two.server[name] for name in one.state}
     for name, array in two.state.items():
         np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_clock_that_is_set_back_in_a_round_makes_it_no_shorter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, clock = make_run(tmp_path / "run"), iter(range(10**9, 0, -3600))
+    monkeypatch.setattr("time.time", lambda: float(next(clock)))
+    run_rounds(run, Sites(run), ignore)
+    assert all(run.record(number)["seconds"] > 0 for number in (1, 2))

@@ -1,19 +1,29 @@
 """A federation in one process, on files: its end, its resumption after kill -9, and what stops it."""
 
+import errno
 import json
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import KILLER, ROOT, TINY, merged, tiny, to_toml
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from honest_sites import Sites, ignore, make_run
+from matplotlib.figure import Figure
 from warm import program
 
 from wardround import simulate as in_process
-from wardround.errors import ConfigError, DataError
+from wardround.errors import CheckpointError, ConfigError, DataError
+from wardround.report.curves import draw_losses
+from wardround.report.sheet import draw_sheet
+from wardround.server.rounds import run_rounds
 from wardround.server.run_folder import RunFolder, open_run
+from wardround.server.tracking import Tracking
 from wardround.simulate import simulate
 from wardround.update import state_hash
 
@@ -138,6 +148,44 @@ def test_mlflow_out_of_reach_lets_training_go_on_and_is_logged_later(
     assert not list(run.path.rglob("logged.json"))
     simulate(tiny(**TINY_KEPT), data, tmp_path / "run", store, threads=1)
     assert len(list(run.path.rglob("logged.json"))) == 2
+
+
+def test_a_picture_is_there_whole_or_not_at_all_and_a_disk_that_refuses_it_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of one, as a kill leaves it, is a round that MLflow takes never, and no later one."""
+
+    def cut(_: Figure, file: Any, **__: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", cut)
+    losses, sheet = tmp_path / "losses.png", tmp_path / "pictures" / "round-00001.png"
+    for draw in (
+        lambda: draw_losses({"lyon": [(1, 0.5)]}, losses, "cut"),
+        lambda: draw_sheet({"image": torch.zeros(1, 1, 8, 8)}, sheet, "cut"),
+    ):
+        with pytest.raises(CheckpointError, match="mend the disk"):
+            draw()
+    assert not list(tmp_path.rglob("*.png*"))
+
+
+def test_another_mlflow_than_before_gets_every_round(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    run_rounds(run, Sites(run), ignore)
+    for name in ("one", "other"):
+        tracking = Tracking(replace(run, tracking=str(tmp_path / name / "mlflow.db")))
+        tracking.log()
+        with tracking.store.talk((10, 0)) as client:
+            found = client.get_metric_history(tracking.mlflow_run, "sites")
+        assert [point.step for point in found] == [1, 2], name
+    (run.mark(1)).write_text("{")
+    tracking.log()  # a mark that cannot be read is none
+    assert run.logged(1) == tracking.mlflow_run
+    published = Tracking(replace(run, tracking=str(tmp_path / "public" / "mlflow.db")), elsewhere=True)
+    published.log()
+    with published.store.talk((10, 0)) as client:
+        assert not client.get_metric_history(published.mlflow_run, "sites"), "hospitals' rounds are not for the public"
 
 
 def test_a_disk_that_is_full_stops_in_one_line_and_goes_on_when_mended(

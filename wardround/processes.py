@@ -81,7 +81,7 @@ def open_log(path: Path) -> IO[bytes]:
 
 
 class NewLines:
-    """The lines that are added to a log from now on."""
+    """The lines that are added to a log from now on; one that was cut, as by logrotate, is read from its beginning."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
@@ -90,7 +90,7 @@ class NewLines:
     def read(self) -> list[str]:
         """Return what the whole lines say that came since the last call."""
         with contextlib.suppress(FileNotFoundError), self.log.open("rb") as file:
-            file.seek(self.read_to)
+            self.read_to = file.seek(self.read_to if self.read_to <= file.seek(0, os.SEEK_END) else 0)
             whole, end, _ = file.read().rpartition(b"\n")
             self.read_to += len(whole + end)
             return [message(line) for line in whole.decode(errors="replace").split("\n")] if end else []

@@ -24,6 +24,7 @@ from wardround.registry.durable import write_file
 from wardround.server import scoring
 from wardround.server.app import Fleet
 from wardround.server.app import app as server_app
+from wardround.server.membership import read_members
 from wardround.server.run_folder import RunFolder, check_owner, create
 
 Answer = Callable[[Message, Context], Message]
@@ -92,6 +93,12 @@ def _write_sites(config: FederationConfig, plan: Plan, data: Path, out: Path, th
     """Return the `site.toml` of each site that takes part."""
     sites = choose_sites(config, data)
     check_owner(out, plan)
+    members = out / "members.json"
+    if members.exists() and any(key.startswith("-----BEGIN") for key in read_members(members).keys.values()):
+        raise ConfigError(
+            f"run folder {out}: is of a network, whose sites are not in this process; give another --out, or go on "
+            "with 'wardround coordinate'."
+        )
     return {site: _write_site(out / "sites" / site, site, data, plan, threads) for site in sites}
 
 

@@ -78,9 +78,9 @@ def read(folder: Path) -> Checkpoint:
     for name in {STATE, SERVER} | manifest["files"].keys():
         try:
             if _hash(folder / name) != manifest["files"][name]:
-                raise CheckpointError(_damaged(folder, f"'{name}' differs from its hash in the manifest"))
+                raise CheckpointError(damaged(folder, f"'{name}' differs from its hash in the manifest"))
         except (OSError, KeyError) as error:
-            raise CheckpointError(_damaged(folder, f"'{name}' cannot be read")) from error
+            raise CheckpointError(damaged(folder, f"'{name}' cannot be read")) from error
     return _opened(folder, manifest)
 
 
@@ -89,7 +89,7 @@ def _opened(folder: Path, manifest: Mapping[str, Any]) -> Checkpoint:
     try:
         files = {name: TensorFile(folder / name) for name in manifest["files"]}
     except (OSError, UpdateError) as error:
-        raise CheckpointError(_damaged(folder, "its tensors cannot be read")) from error
+        raise CheckpointError(damaged(folder, "its tensors cannot be read")) from error
     round, protocol, record, named = (manifest[key] for key in ("round", "protocol", "record", "state"))
     return Checkpoint(round, protocol, files[STATE], files[SERVER], record, files.get(STEP, {}), named)
 
@@ -99,9 +99,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
         if not manifest.keys() >= {"round", "protocol", "state", "files", "record"}:
-            raise CheckpointError(_damaged(folder, "its manifest lacks fields"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(_damaged(folder, "its manifest cannot be read")) from error
+            raise CheckpointError(damaged(folder, "its manifest lacks fields"))
+        manifest["files"].keys(), manifest["record"].keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(damaged(folder, "its manifest cannot be read")) from error
     return manifest
 
 
@@ -110,5 +111,9 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _damaged(folder: Path, what: str) -> str:
-    return f"checkpoint {folder}: {what}; it is damaged. Restore it from a copy, or remove its round to train it again."
+def damaged(folder: Path, what: str) -> str:
+    """Return what is said of a damaged checkpoint of a round; one that later rounds began from is not trained again."""
+    number = folder.parent.name
+    later = any(number < other.parent.name for other in folder.parent.parent.glob(f"[0-9]*/{folder.name}"))
+    remedy = "; later rounds go on from it" if later else ", or remove its round to train it again"
+    return f"checkpoint {folder}: {what}; it is damaged. Restore it from a copy{remedy}."

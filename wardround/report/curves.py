@@ -6,6 +6,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from wardround.registry.durable import new_file
+from wardround.report.drawing import told
+
+_LINES = 12  # of a legend: sixteen take all the room there is
+
 
 def draw_losses(losses: Mapping[str, Sequence[tuple[int, float]]], path: Path, title: str) -> None:
     """Write a PNG with one line a site; `losses` maps a site to (round, loss) pairs, none where they are withheld."""
@@ -18,10 +23,11 @@ def draw_losses(losses: Mapping[str, Sequence[tuple[int, float]]], path: Path, t
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.spines[["top", "right"]].set_visible(False)
     if shown:
-        axis.legend(frameon=False)
+        axis.legend(*told(axis, _LINES), frameon=False)
     elif losses:
         axis.text(0.5, 0.5, "withheld: they would leave without noise", transform=axis.transAxes, ha="center")
-    figure.savefig(path)
+    with new_file(path) as aside:
+        figure.savefig(aside, format="png")
 
 
 def draw_epsilon(spent: Mapping[str, Sequence[tuple[int, float]]], path: Path, title: str) -> None:
@@ -36,5 +42,5 @@ def draw_epsilon(spent: Mapping[str, Sequence[tuple[int, float]]], path: Path, t
     axis.set_ylim(bottom=0.0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    axis.legend(*told(axis, _LINES), frameon=False)
     figure.savefig(path)

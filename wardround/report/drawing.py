@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 INK, MUTED, GRID = "#1f2328", "#656d76", "#d8dee4"
 SITES = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#c98500", "#3a9bd9")
@@ -43,6 +45,7 @@ _SETTINGS = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
+_LINES = 4  # of a legend
 _COLOUR = re.compile(r"(?<=: )(#[0-9a-f]{6})(?=[;\"])")
 
 
@@ -90,10 +93,18 @@ def variables(dark: bool) -> str:
 
 
 def legend(axis: Axes, columns: int) -> None:
-    """Put the names above the axes, in so many columns."""
-    handles, names = axis.get_legend_handles_labels()
+    """Put the names above the axes, in so many columns; of many the first, which leave room for the axes."""
+    handles, names = told(axis, _LINES * columns)
     if handles:
         axis.figure.legend(
             handles, names, loc="outside upper left", ncols=min(columns, len(names)), handlelength=1.6,
             columnspacing=1.2, borderaxespad=0.2, fontsize=9.5,
         )  # fmt: skip
+
+
+def told(axis: Axes, most: int) -> tuple[list[Artist], list[str]]:
+    """Return what a legend tells of the axes: at most so many lines, of which the last says how many are left out."""
+    handles, names = axis.get_legend_handles_labels()
+    if (left := len(names) - most + 1) > 1:
+        return [*handles[: most - 1], Line2D([], [], linestyle="none")], [*names[: most - 1], f"and {left} more"]
+    return list(handles), list(names)

@@ -6,6 +6,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from wardround.registry.durable import new_file
+
 
 def draw_sheet(rows: Mapping[str, Tensor], path: Path, title: str) -> None:
     """Write a PNG of rows of as many images each, [N, C, S, S] in [0, 1]; of volumes the middle slices."""
@@ -19,5 +21,5 @@ def draw_sheet(rows: Mapping[str, Tensor], path: Path, title: str) -> None:
             axis.imshow(plane.permute(1, 2, 0).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with new_file(path) as aside:  # a kill leaves no half of a picture, which MLflow would refuse for good
+        figure.savefig(aside, format="png")

@@ -9,7 +9,7 @@ from wardround.config.privacy import NoPrivacyConfig, SitePrivacyConfig, UnitPri
 from wardround.errors import CheckpointError, ConfigError
 from wardround.privacy import site_level
 from wardround.registry import release
-from wardround.registry.checkpoint import read_manifest
+from wardround.registry.checkpoint import damaged, read_manifest
 from wardround.report.history import History, Member, Promise, Round, SiteRound
 from wardround.server.release import lineage_of
 from wardround.server.run_folder import RunFolder
@@ -37,10 +37,8 @@ def history_of(run: RunFolder) -> History:
             rounds.append(_round(run, at, manifests[at]))
         lineage = lineage_of(run, at)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"checkpoint {run.round(at) / 'checkpoint'}: its record lacks fields or holds other values than Wardround "
-            "writes; it is damaged. Restore it from a copy, or remove its round to train it again."
-        ) from error
+        what = "its record lacks fields or holds other values than Wardround writes"
+        raise CheckpointError(damaged(run.round(at) / "checkpoint", what)) from error
     return History(
         name=run.config.name,
         recipe=run.protocol,

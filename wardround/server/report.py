@@ -1,6 +1,5 @@
 """A run folder's report: one HTML page, and the same with its figures in MLflow."""
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,13 +49,12 @@ def _released(run: RunFolder) -> list[str]:
 
 def _log(run: RunFolder, page: Page, html: str) -> str:
     """Put page and figures into the run's record in MLflow; return what came of it."""
-    marks = [run.round(number) / "logged.json" for number in reversed(run.committed()[1:])]
-    mark = next((one for one in marks if one.exists()), None)
-    if mark is None:
+    record = next(filter(None, map(run.logged, reversed(run.committed()[1:]))), None)
+    if record is None:
         return "not in MLflow, which has no round of this run yet; make the page again once it has"
     files = {f"{FOLDER}/{PAGE}": html, **{f"{FOLDER}/{figure.name}.svg": figure.svg for figure in page.figures}}
     try:
-        Store(run.tracking).log_texts(json.loads(mark.read_bytes())["run"], files)
+        Store(run.tracking).log_texts(record, files)
     except TrackingError as error:
         return f"warning: not in MLflow: {error} Make the page again once it answers."
     return f"in MLflow, below {FOLDER}/ of the federation's run"

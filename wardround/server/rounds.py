@@ -93,7 +93,7 @@ def run_rounds(run: RunFolder, ask: Ask, committed: Callable[[int], None], fill:
 
 def run_round(run: RunFolder, last: Checkpoint, number: int, gather: Gather) -> Checkpoint:
     """Gather, close, fold and commit one round, from wherever an earlier try left it."""
-    started = time.time()
+    started = time.monotonic()  # a clock that is set meanwhile makes no round shorter than nothing
     spool = Spool(run.round(number))
     closed = spool.closed() or gather(run, last, spool, number)
     fresh = cohort.weights(run.config, closed.declared)
@@ -353,7 +353,7 @@ def _record(
         "bytes_received": closed.bytes,
         "received": closed.received,
         "bytes_sent": closed.sent,
-        "seconds": time.time() - started,
+        "seconds": time.monotonic() - started,
         "parent": last.hash,
         "versions": versions(),
     }

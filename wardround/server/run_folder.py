@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # What may lie in a folder before it is a whole run: a start that was cut off, or the sites of one process.
 OURS = {"federation.json", "members.json", "run.json", "rounds", "sites", "hospitals"}
+_OF_A_ROUND = {"sites", "refused", "bytes_sent", "bytes_received", "seconds"}  # what each round's record has
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,23 @@ class RunFolder:
         return self.newest()
 
     def record(self, number: int) -> dict[str, Any]:
-        """Return a committed round's record: sites, figures, seconds, bytes."""
-        record: dict[str, Any] = checkpoint.read_manifest(self.round(number) / "checkpoint")["record"]
+        """Return a committed round's record: sites, figures, seconds, bytes. Raises CheckpointError."""
+        folder = self.round(number) / "checkpoint"
+        record: dict[str, Any] = checkpoint.read_manifest(folder)["record"]
+        if number and (lacking := sorted(_OF_A_ROUND - record.keys())):
+            raise CheckpointError(checkpoint.damaged(folder, f"its record lacks '{lacking[0]}'"))
         return record
+
+    def mark(self, number: int) -> Path:
+        """Return the file that says which run of MLflow has a round."""
+        return self.round(number) / "logged.json"
+
+    def logged(self, number: int) -> str | None:
+        """Return the id of the run of MLflow that has a round, as far as is known."""
+        try:
+            return str(json.loads(self.mark(number).read_bytes())["run"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
 
 def check_owner(path: Path, plan: "Plan") -> None:
@@ -115,7 +130,7 @@ def create(path: Path, plan: "Plan", members: dict[str, str], tracking: str, ver
     if chosen is not None and chosen.folder is not None and not chosen.folder.is_dir():
         raise ConfigError(f"[evaluation_set] folder = '{chosen.folder}': is no folder; name one, or leave it out.")
     check_owner(path, plan)
-    known = _read(path / "run.json")["id"] if (path / "run.json").exists() else secrets.token_hex(8)
+    known = _read(path / "run.json", "id")["id"] if (path / "run.json").exists() else secrets.token_hex(8)
     run = RunFolder(path, plan.config, plan.protocol, members, tracking, known, plan.start)
     write_members(path / "members.json", Members(version=version, settings=plan.config.membership, keys=members))
     write_file(path / "run.json", json.dumps({"tracking": tracking, "id": known, "start": plan.start}).encode())
@@ -135,7 +150,8 @@ def open_run(path: Path) -> RunFolder:
         )
     config = parse(_read(path / "federation.json"), FederationConfig, str(path / "federation.json"))
     protocol = parse(_read(path / "protocol.json"), Protocol, str(path / "protocol.json"))
-    return reread(RunFolder(path, config, protocol, {}, **_read(path / "run.json")))
+    said = _read(path / "run.json", "tracking", "id")
+    return reread(RunFolder(path, config, protocol, {}, said["tracking"], said["id"], said.get("start")))
 
 
 def reread(run: RunFolder) -> RunFolder:
@@ -151,10 +167,11 @@ def reread(run: RunFolder) -> RunFolder:
     return replace(run, config=parse(changed, FederationConfig, str(path)), members=found.keys)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *needed: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        [content[key] for key in needed]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read; the run folder is damaged. Restore it from a copy.") from error
     return content
 

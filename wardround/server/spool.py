@@ -8,11 +8,12 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from wardround.encoding import SCALES, decode_one
 from wardround.errors import CheckpointError
@@ -20,6 +21,8 @@ from wardround.registry.durable import write_file
 from wardround.registry.tensors import TensorFile
 from wardround.server.aggregate import Read
 from wardround.update import Array, Declared, Refusal
+
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,7 @@ class Spool:
 
     def cohort(self) -> dict[str, int] | None:
         """Return the sites that were asked, each with the round it was asked in; None where this one has not begun."""
-        path = self.folder / "cohort.json"
-        return json.loads(path.read_bytes()) if path.exists() else None
+        return self._read("cohort.json", lambda found: {site: int(number) for site, number in found.items()})
 
     def open(self, cohort: Mapping[str, int]) -> None:
         """Write down who is asked, and in which round: this one, or an earlier one that is not answered yet."""
@@ -92,11 +94,7 @@ class Spool:
 
     def closed(self) -> Closed | None:
         """Return the decision, or None while the round is open."""
-        path = self.folder / "closed.json"
-        if not path.exists():
-            return None
-        found = json.loads(path.read_bytes())
-        return Closed(**found | {"declared": {site: Declared(**one) for site, one in found["declared"].items()}})
+        return self._read("closed.json", _closed)
 
     @contextmanager
     def reader(self, closed: Closed) -> Iterator[Read]:
@@ -122,6 +120,21 @@ class Spool:
 
     def _update(self, site: str) -> Path:
         return self.folder / "updates" / f"{site}.safetensors"
+
+    def _read(self, name: str, made: Callable[[Any], Kept]) -> Kept | None:
+        """Return what is made of a JSON file; None where there is none. Raises CheckpointError where it is damaged."""
+        path = self.folder / name
+        try:
+            return made(json.loads(path.read_bytes())) if path.exists() else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read; it is damaged. Restore it from a copy, or remove the round's folder to train "
+                "it again."
+            ) from error
+
+
+def _closed(found: dict[str, Any]) -> Closed:
+    return Closed(**found | {"declared": {site: Declared(**one) for site, one in found["declared"].items()}})
 
 
 def _read(files: Mapping[str, TensorFile], site: str, name: str, *part: slice) -> Array:

@@ -46,6 +46,7 @@ _POLL = 0.2  # seconds
 # own, and SuperLink some 700 MB after a state of 340 MB went through it.
 _LEAN = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
 ASK = "--ask"  # rounds_process.py asks for scores, and trains nothing
+NAME = "wardround coordinate"  # of who works in a run folder
 ERROR = "error: "  # before the one line of a user's error, as the rounds' process says it
 Answer = TypeVar("Answer")
 _TRIES, _LONGEST_PAUSE = 6, 60.0  # new starts without a round in between; seconds
@@ -56,8 +57,13 @@ def coordinate(config: Path, kit: Path, out: Path, port: int, tracking: str, hos
 
     Raises WardroundError, in one line, for whatever stops it; it goes on where it stopped when called again.
     """
-    # In a process that ends: torch and timm take a gigabyte. Ctrl-C is this one's to hear.
-    with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as planner:
+    home = out.resolve() / "flower"
+    with (
+        # Else the run of another one would have its members from here, and that one would never tell SuperLink of them.
+        alone(home, NAME) if home.is_dir() else contextlib.nullcontext(),
+        # In a process that ends: torch and timm take a gigabyte. Ctrl-C is this one's to hear.
+        ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as planner,
+    ):
         try:
             planner.submit(prepare, config, kit, out, tracking).result()
         except BrokenProcessPool as error:
@@ -113,7 +119,7 @@ def serve(run: RunFolder, kit: Path, port: int, host: str = "127.0.0.1", *option
     """
     home, kit, inner = run.path.resolve() / "flower", kit.resolve(), free_port()
     logs = home.parent / "logs"
-    with stopped_by_sigterm(), alone(home, "wardround coordinate"):
+    with stopped_by_sigterm(), alone(home, NAME):
         sizes = [path.stat().st_size for path in run.path.glob(f"rounds/*/checkpoint/{STATE}")]
         with gate(kit, host, port, inner, logs / "gate.log", most_objects(max(sizes, default=0))) as door:
             tries, done, lived = 0, -1, False

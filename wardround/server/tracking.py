@@ -1,7 +1,8 @@
 """What happens after a commit: the picture, the MLflow run, and at the end the release.
 
 MLflow is a record, never the truth. While it cannot be reached, training goes on; every committed
-round that is not yet logged is logged at the next commit, or by the next start of the same command.
+round that is not yet logged is logged at the next commit, or by the next start of the same command; in another
+MLflow than before, all of them.
 """
 
 import json
@@ -40,9 +41,12 @@ _LOW_FOR, _RISEN = 2, 1.2  # rounds; times: less is no rise
 class Tracking:
     """Records a run's committed rounds in MLflow, at least once each and in order."""
 
-    def __init__(self, run: RunFolder, key: Ed25519PrivateKey | None = None) -> None:
-        """Take a run, and what signs its releases: unset, the run folder's own key."""
-        self.run, self.key = run, key
+    def __init__(self, run: RunFolder, key: Ed25519PrivateKey | None = None, *, elsewhere: bool = False) -> None:
+        """Take a run, and what signs its releases: unset, the run folder's own key.
+
+        `elsewhere`: its MLflow is another than the run's, and gets a release, but no round that the run's has.
+        """
+        self.run, self.key, self.elsewhere = run, key, elsewhere
         self.warned = False
         self.drawn = -CURVES_EVERY  # of time.monotonic, which begins at 0
 
@@ -94,15 +98,18 @@ class Tracking:
         draw_losses(losses, self.run.path / "losses.png", self.run.config.name)
 
     def log(self) -> None:
-        """Log every committed round that has no mark yet. Raises TrackingError where MLflow is not there."""
-        waiting = [n for n in self.run.committed() if n > 0 and not self._mark(n).exists()]
-        for number in waiting:
+        """Log every committed round that this MLflow does not have yet. Raises TrackingError where it is not there."""
+        for number in filter(self._lacks, self.run.committed()[1:]):
             pictures = {"images": self._picture(number), "losses": self.run.path / "losses.png"}
             if isinstance(self.run.config.privacy, SitePrivacyConfig):
                 del pictures["losses"]
             found = {name: path for name, path in pictures.items() if path.exists()}
             self.store.log_round(self.mlflow_run, number, shown(self.run, number), found)
-            write_file(self._mark(number), json.dumps({"run": self.mlflow_run}).encode())
+            write_file(self.run.mark(number), json.dumps({"run": self.mlflow_run}).encode())
+
+    def _lacks(self, number: int) -> bool:
+        known = self.run.logged(number)
+        return known is None or (known != self.mlflow_run and not self.elsewhere)
 
     def register(self) -> str:
         """Log what is left, register the last committed round as the candidate, close the run; return NAME/version.
@@ -144,9 +151,6 @@ class Tracking:
     def _picture(self, number: int) -> Path:
         return self.run.path / "pictures" / f"round-{number:05d}.png"
 
-    def _mark(self, number: int) -> Path:
-        return self.run.round(number) / "logged.json"
-
 
 def register(
     path: Path, number: int | None = None, scores: Path | None = None, kit: Path | None = None, uri: str | None = None
@@ -162,7 +166,8 @@ def register(
             f"{path}: was trained over a network, and its coordinator signs what it releases; name the folder that "
             "'wardround provision' wrote by --kit."
         )
-    tracking = Tracking(replace(run, tracking=uri or run.tracking), None if kit is None else kit_key(kit))
+    key, elsewhere = None if kit is None else kit_key(kit), uri not in (None, run.tracking)
+    tracking = Tracking(replace(run, tracking=uri or run.tracking), key, elsewhere=elsewhere)
     reference = tracking.release(number, scores)
     if run.committed()[-1] == run.config.training.rounds:
         tracking.store.close_run(tracking.mlflow_run, "FINISHED")
