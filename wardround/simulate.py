@@ -94,7 +94,7 @@ def _write_sites(config: FederationConfig, plan: Plan, data: Path, out: Path, th
     sites = choose_sites(config, data)
     check_owner(out, plan)
     members = out / "members.json"
-    if members.exists() and any(key.startswith("-----BEGIN") for key in read_members(members).keys.values()):
+    if members.exists() and read_members(members).version > 0:
         raise ConfigError(
             f"run folder {out}: is of a network, whose sites are not in this process; give another --out, or go on "
             "with 'wardround coordinate'."
